@@ -115,7 +115,7 @@ def draw_latency(rows: Iterable[dict[str, Any]], path: Path, title: str = "") ->
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     import numpy as np
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
     with plt.rc_context(
         {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "dashbench"}
@@ -156,6 +156,9 @@ def draw_latency(rows: Iterable[dict[str, Any]], path: Path, title: str = "") ->
             axis.xaxis.set_major_locator(FixedLocator(contexts))
             axis.xaxis.set_minor_locator(NullLocator())
             axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: tokens(int(v))))
+            # A panel may span less than a decade: tick 1, 2, 5 so that it still has labels.
+            low_end, high_end = axis.get_ylim()
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high_end < 100 * low_end else (1,)))
             axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
             axis.yaxis.set_minor_formatter(NullFormatter())
             axis.grid(alpha=0.25, linewidth=0.5)
