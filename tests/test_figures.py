@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 from rich.console import Console
 
-from dashbench.figures import _spread, draw_latency, latency_panels
+from dashbench.figures import _spread, draw_latency, draw_speedup, latency_panels
 from dashbench.tables import results_table, trouble_lines
 
 
@@ -22,6 +22,12 @@ def row(method="fa3", phase="prefill", context=1024, batch=1, ms=1.0, **more):
         "launch": "graph",
         "sparsity_target": None,
         "s_flop": 0.0,
+        "key": f"{method}/{phase}/{context}/{batch}",
+        "environment_key": "e",
+        "shape": {"name": "s"},
+        "dtype": "bfloat16",
+        "routing": "topics",
+        "samples": [0.95 * ms, ms, 1.05 * ms],
         "latency_ms": ms,
         "latency_ci_ms": (0.9 * ms, 1.1 * ms),
         "checked": {"passed": True, "rows": 64},
@@ -53,6 +59,12 @@ def test_same_rows_same_bytes_and_order_of_rows_does_not_matter(tmp_path):
         first, second = tmp_path / f"a.{ending}", tmp_path / f"b.{ending}"
         assert draw_latency(ROWS, first, "t") and draw_latency(ROWS[::-1], second, "t")
         assert first.read_bytes() == second.read_bytes(), ending
+
+
+def test_speedup_figure_needs_a_dense_row_beside_a_sparse_one(tmp_path):
+    assert draw_speedup(ROWS, tmp_path / "a.svg") and draw_speedup(ROWS[::-1], tmp_path / "b.svg")
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+    assert not draw_speedup([r for r in ROWS if r["method"] != "fa3"], tmp_path / "c.svg")
 
 
 def test_nothing_is_drawn_without_a_latency(tmp_path):
