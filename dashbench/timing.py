@@ -1,0 +1,315 @@
+"""The one timer. What it measures, in words:
+
+* `graph`: calls are captured into a CUDA graph that lasts long enough to make event resolution and launch
+negligible; a sample is one replay
+  divided by its calls. This is time on the GPU, back to back.
+* `eager`: a sample is the time between CUDA events around one call issued from Python, so a call shorter
+than its own launch shows the launch.
+  Beside it `host_ms` (Python and driver time of the call) and `gpu_ms` (the same call queued behind a
+  blocking kernel, launches hidden).
+* `cold`: calls rotate through copies of the inputs that together exceed twice the L2 cache. `warm`: always
+the same inputs.
+* On a CPU a sample is `perf_counter` around one call.
+
+Sampling comes in slices so that a runner can let several methods take turns, and stops by itself: when the
+interval of the median is narrow
+enough, when more samples no longer narrow it (a plateau), or when time is up; never below a minimum of
+samples. Samples taken while the
+chip reports a thermal slowdown or a power brake are dropped, unless too few would be left.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from dashbench.analysis.statistics import percentile_interval, resampled_medians
+from dashbench.baselines.api import Operator, Unsupported
+from dashbench.telemetry import Telemetry, throttled
+from dashbench.timing_options import TimingOptions
+
+TIMER_VERSION = 1
+# One replay of a captured graph lasts at least this long.
+REPLAY_MS = 0.5
+MAX_CALLS_IN_GRAPH = 256
+# Calls queued between two synchronisations: below the driver's launch queue, or enqueueing itself would
+# block.
+MAX_QUEUED = 128
+PLATEAU_GAIN = 0.9
+
+
+def rotation(bytes_of_one: int, cache_bytes: int, cache: str, spare_bytes: int) -> int:
+    """Copies of the inputs to rotate through.
+
+    Args:
+        bytes_of_one: inputs and output of one call.
+        cache_bytes: L2 size.
+        cache: `cold` or `warm`.
+        spare_bytes: memory that copies may take.
+
+    Returns:
+        1 when warm, or when one call alone sweeps the cache many times over; else enough to exceed twice the
+        cache.
+    """
+    if cache == "warm" or cache_bytes == 0 or bytes_of_one > 16 * cache_bytes:
+        return 1
+    wanted = math.ceil(2 * cache_bytes / bytes_of_one) + 1
+    return max(1, min(wanted, MAX_CALLS_IN_GRAPH, spare_bytes // max(bytes_of_one, 1)))
+
+
+def median_half_width(samples: Sequence[float]) -> float:
+    """Relative half-width of a 95 % order-statistic (binomial) interval of the median; infinite below 6
+    samples."""
+    n = len(samples)
+    if n < 6:
+        return math.inf
+    ordered = sorted(samples)
+    reach = 0.98 * math.sqrt(n)
+    low, high = max(0, math.floor(n / 2 - reach)), min(n - 1, math.ceil(n / 2 + reach))
+    middle = ordered[n // 2]
+    return (ordered[high] - ordered[low]) / 2 / middle if middle > 0 else 0.0
+
+
+def stop_reason(
+    samples: Sequence[float], seconds: float, options: TimingOptions, taken: int | None = None
+) -> str | None:
+    """Why sampling may stop now, or None.
+
+    Args:
+        samples: ms, in the order taken; at most about 1000 of them matter.
+        seconds: spent sampling.
+        options: of the suite.
+        taken: calls made, if more than samples.
+    """
+    n = len(samples)
+    if n < options.min_samples:
+        # A call so long that even the minimum is unaffordable stops at three samples.
+        return "time" if n >= 3 and seconds > 4 * options.max_seconds else None
+    if n >= options.max_samples:
+        return "samples"
+    if seconds >= options.max_seconds:
+        return "time"
+    width = median_half_width(samples)
+    if width <= options.target_half_width:
+        return "precise"
+    if n >= 8 * options.min_samples and width > PLATEAU_GAIN * median_half_width(samples[: n // 2]):
+        return "plateau"
+    return None
+
+
+class Timer:
+    """Times one prepared point; see the module's docstring.
+
+    Args:
+        operators: prepared copies of the same operator on copies of the same inputs (one if warm).
+        options: of the suite.
+        launch: `eager` or `graph`.
+        device: `cpu` or `cuda`.
+
+    Raises:
+        Unsupported: `graph` on a CPU, or an operator that cannot be captured.
+    """
+
+    def __init__(self, operators: Sequence[Operator], options: TimingOptions, launch: str, device: str):
+        self.operators = list(operators)
+        self.options = options
+        self.launch = launch
+        self.device = device
+        self.samples: list[float] = []
+        self.bad: list[bool] = []
+        self.host: list[float] = []
+        self.seconds = 0.0
+        self.slices = 0
+        self.calls = 1
+        self.telemetry = Telemetry(torch.cuda.current_device()) if device == "cuda" else None
+        self._next = 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._static: torch.Tensor | None = None
+        if launch == "graph":
+            if device != "cuda":
+                raise Unsupported("CUDA graphs need a GPU")
+            self._capture()
+
+    def _capture(self) -> None:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for operator in self.operators:
+                operator.run()
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            self.operators[0].run()
+            end.record()
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        copies = len(self.operators)
+        wanted = max(copies, math.ceil(REPLAY_MS / max(begin.elapsed_time(end), 1e-3)))
+        self.calls = min(math.ceil(wanted / copies) * copies, max(copies, MAX_CALLS_IN_GRAPH))
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                for call in range(self.calls):
+                    output = self.operators[call % copies].run()
+                    if call == 0:
+                        self._static = output
+        except RuntimeError as problem:
+            if "out of memory" in str(problem):
+                raise
+            raise Unsupported(f"cannot be captured in a CUDA graph: {str(problem).splitlines()[0]}") from None
+        self._graph = graph
+        torch.cuda.synchronize()
+
+    def replayed(self) -> Operator:
+        """The first operator with `run` going through the captured graph, for the gate."""
+
+        def run() -> torch.Tensor:
+            self._graph.replay()
+            return self._static
+
+        return replace(self.operators[0], run=run) if self._graph is not None else self.operators[0]
+
+    def _call(self) -> None:
+        if self._graph is not None:
+            self._graph.replay()
+        else:
+            self.operators[self._next].run()
+            self._next = (self._next + 1) % len(self.operators)
+
+    def warm_up(self) -> None:
+        """Runs untimed by time, not by count, and at least twice, so that clocks, caches and allocators
+        settle."""
+        until = time.perf_counter() + self.options.warmup_seconds
+        done = 0
+        while done < 2 or time.perf_counter() < until:
+            self._call()
+            done += 1
+            if self.device == "cuda" and done % 8 == 0:
+                torch.cuda.synchronize()
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+    def sample(self, seconds: float) -> int:
+        """Takes samples for about this long (at least one); returns how many there are now."""
+        self.slices += 1
+        begin = time.perf_counter()
+        before = self.telemetry.read() if self.telemetry else None
+        first = len(self.samples)
+        while True:
+            if self.device == "cuda":
+                self._burst(seconds - (time.perf_counter() - begin))
+            else:
+                t = time.perf_counter()
+                self._call()
+                self.samples.append(1e3 * (time.perf_counter() - t))
+            elapsed = time.perf_counter() - begin
+            if elapsed >= seconds or stop_reason(self.samples, self.seconds + elapsed, self.options):
+                break
+        after = self.telemetry.read() if self.telemetry else None
+        self.bad += [throttled(before) or throttled(after)] * (len(self.samples) - first)
+        self.seconds += time.perf_counter() - begin
+        return len(self.samples)
+
+    def _burst(self, seconds: float) -> None:
+        """Queues some calls between events, as many as should fit the time left, then synchronises once."""
+        typical = self.samples[-1] * self.calls if self.samples else None
+        count = 1 if typical is None else int(1e3 * seconds / max(typical, 1e-3))
+        count = max(1, min(count, MAX_QUEUED, self.options.max_samples - len(self.samples)))
+        events = [
+            (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)
+        ]
+        for begin, end in events:
+            begin.record()
+            t = time.perf_counter()
+            self._call()
+            self.host.append(1e3 * (time.perf_counter() - t))
+            end.record()
+        torch.cuda.synchronize()
+        self.samples += [begin.elapsed_time(end) / self.calls for begin, end in events]
+
+    def done(self) -> str | None:
+        """Why sampling may stop, or None."""
+        return stop_reason(self.samples, self.seconds, self.options)
+
+    def _gpu_ms(self, latency: float) -> float:
+        """Median GPU time of a call with its launch hidden behind a blocking kernel."""
+        if latency > 5.0:
+            return latency
+        calls = 20
+        queue_ms = 1.5 * calls * float(np.median(self.host)) + 0.5
+        events = [
+            (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(calls)
+        ]
+        torch.cuda._sleep(int(queue_ms * 2e6))  # cycles, at about 2 GHz
+        for begin, end in events:
+            begin.record()
+            self._call()
+            end.record()
+        torch.cuda.synchronize()
+        return float(np.median([begin.elapsed_time(end) for begin, end in events]))
+
+    def result(self, seed: int = 0) -> dict[str, Any]:
+        """The time fields of a row.
+
+        Args:
+            seed: of the bootstrap.
+        """
+        clean = [s for s, bad in zip(self.samples, self.bad, strict=True) if not bad]
+        dropped = len(self.samples) - len(clean)
+        kept_throttled = dropped > 0 and len(clean) < self.options.min_samples
+        samples = self.samples if kept_throttled else clean
+        latency = float(np.median(samples))
+        interval = percentile_interval(resampled_medians(samples, seed), latency)
+        eager = self.launch == "eager" and self.device == "cuda"
+        return {
+            "latency_ms": latency,
+            "latency_ci_ms": (interval.low, interval.high),
+            "gpu_ms": self._gpu_ms(latency) if eager else None,
+            "host_ms": float(np.median(self.host)) if eager else None,
+            "samples": [float(f"{s:.6g}") for s in samples],
+            "timing": {
+                "timer": TIMER_VERSION,
+                "stopped": self.done() or "slices",
+                "slices": self.slices,
+                "copies": len(self.operators),
+                "calls_a_sample": self.calls,
+                "throttled_dropped": 0 if kept_throttled else dropped,
+                "throttled_kept": dropped if kept_throttled else 0,
+            },
+            "telemetry": self.telemetry.summary() if self.telemetry else {},
+        }
+
+
+def time_stages(operator: Operator, device: str, seconds: float = 0.05) -> dict[str, float]:
+    """Median ms of each stage alone, its inputs prepared and warm."""
+    out = {}
+    for name, stage in operator.stages.items():
+        options = TimingOptions(
+            warmup_seconds=seconds / 5, min_samples=5, max_samples=200, max_seconds=seconds
+        )
+        timer = Timer([replace(operator, run=stage)], options, "eager", device)
+        timer.warm_up()
+        timer.sample(seconds)
+        out[name] = (
+            timer._gpu_ms(float(np.median(timer.samples)))
+            if device == "cuda"
+            else float(np.median(timer.samples))
+        )
+    return out
+
+
+def peak_bytes(run: Callable[[], object], device: str) -> int | None:
+    """Peak device memory of one call beyond what was allocated before it; None on a CPU."""
+    if device != "cuda":
+        return None
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
