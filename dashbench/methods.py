@@ -79,6 +79,11 @@ BUILT_IN: tuple[Method, ...] = (
         requires={"flash_attn_interface|fa3_fwd_interface": "fa3-fwd==0.0.3"}, min_capability=(9, 0), family="fa3",
     ),
     Method(
+        "fa3@fp8", "dashbench.baselines.flash_attention3:prepare_fp8",
+        "FlashAttention-3 on e4m3 inputs quantised before the timed region, bf16 output, forward only",
+        requires={"flash_attn_interface|fa3_fwd_interface": "fa3-fwd==0.0.3"}, min_capability=(9, 0), family="fa3",
+    ),
+    Method(
         "dash@reference", "dashbench.baselines.dash_reference:prepare",
         "DashAttention in eager PyTorch: the specification, slow",
         devices=("cpu", "cuda"), phases=("prefill", "decode", "train"), dtypes=_ALL,
