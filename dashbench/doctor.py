@@ -8,11 +8,11 @@ from functools import cache
 from importlib import metadata
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from dashbench.methods import Method, registry
 from dashbench.plan import missing_requirement
+from dashbench.tables import wide_console
 
 SHOWN = (
     "torch",
@@ -77,7 +77,7 @@ def verdict(method: Method, device: dict[str, Any]) -> tuple[bool, str]:
 
 def print_doctor() -> None:
     """Prints the machine, the versions and the methods."""
-    console = Console(soft_wrap=True, highlight=False)
+    console = wide_console()
     device = device_facts()
     if device["kind"] == "cuda":
         capability = ".".join(map(str, device["capability"]))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from dashbench.figures import draw_latency, draw_speedup
@@ -13,7 +12,7 @@ from dashbench.plan import Planned
 from dashbench.runner import DONE, Summary
 from dashbench.store import newest, read_rows, store_files
 from dashbench.suite import Suite
-from dashbench.tables import results_table, trouble_lines
+from dashbench.tables import results_table, trouble_lines, wide_console
 
 FAILED, FINE = 1, 0
 
@@ -30,7 +29,7 @@ def _duration(seconds: float) -> str:
 
 def print_plan(suite: Suite, planned: list[Planned], device: dict) -> None:
     """The grid by method and phase, the estimated time, and the reasons of skips."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = wide_console()
     table = Table(header_style="bold", pad_edge=False)
     for column in ("method", "phase", "points", "to run", "skipped", "time"):
         table.add_column(column, justify="left" if column in ("method", "phase") else "right", no_wrap=True)
@@ -55,7 +54,7 @@ def print_plan(suite: Suite, planned: list[Planned], device: dict) -> None:
 
 def print_ending(suite: Suite, summary: Summary) -> int:
     """Table, figures and one line on how the run ended; returns the exit code."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = wide_console()
     rows = newest(read_rows(summary.store))
     mine = {p.key() for p in suite.points()}
     shown = [r for r in rows if r["key"] in mine]
@@ -85,17 +84,15 @@ def print_ending(suite: Suite, summary: Summary) -> int:
 
 def print_status(store: Path) -> None:
     """Counts by method and status for every file and environment of a store."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = wide_console()
     for file in store_files(store):
         rows = newest(read_rows(file))
         console.print(f"{file}: {len(rows)} rows", markup=False)
         for key in sorted({r["environment_key"] for r in rows}):
             mine = [r for r in rows if r["environment_key"] == key]
             e = mine[0]["environment"]
-            console.print(
-                f"environment {key}: {e['device']}, torch {e['torch']}, triton {e['triton']}, driver {e['driver']}",
-                markup=False,
-            )
+            versions = f"torch {e['torch']}, triton {e['triton']}, driver {e['driver']}"
+            console.print(f"environment {key}: {e['device']}, {versions}", markup=False)
             statuses = sorted({r["status"] for r in mine}, key=lambda s: (s not in DONE, s))
             table = Table(header_style="bold", pad_edge=False)
             table.add_column("method")

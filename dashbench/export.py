@@ -53,7 +53,7 @@ def export_rows(store: Path, target: Path, kind: str) -> int:
     rows = [flat(row) for file in store_files(store) for row in newest(read_rows(file))]
     frame = pandas.DataFrame(rows)
     # Columns of mixed types (a knob that is a number here and a word there) are text in Parquet.
-    for name in frame.columns[frame.dtypes == object]:
+    for name in frame.select_dtypes(object).columns:
         if frame[name].map(type).nunique() > 1:
             frame[name] = frame[name].map(lambda v: None if v is None or v != v else str(v))
     try:

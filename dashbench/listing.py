@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from dashbench.methods import registry
 from dashbench.routings import ROUTINGS
 from dashbench.shapes import SHAPES
+from dashbench.tables import wide_console
 
 
 def _table(*columns: str) -> Table:
@@ -20,7 +20,7 @@ def _table(*columns: str) -> Table:
 
 
 def _print(table: Table) -> None:
-    Console(highlight=False).print(table)
+    wide_console().print(table)
 
 
 def list_methods() -> None:
@@ -49,7 +49,7 @@ def list_suites() -> None:
     if files:
         _print(table)
     else:
-        Console().print("no suites: ./suites holds no .yaml file; run this where dashbench was cloned")
+        wide_console().print("no suites: ./suites holds no .yaml file; run this where dashbench was cloned")
 
 
 def list_shapes() -> None:

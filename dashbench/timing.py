@@ -286,8 +286,11 @@ class Timer:
 
 
 def time_stages(operator: Operator, device: str, seconds: float = 0.05) -> dict[str, float]:
-    """Median ms of each stage alone, its inputs prepared and warm."""
-    out = {}
+    """Median ms of each stage alone, its inputs prepared and warm; nothing for an operator that is a single
+    stage."""
+    out: dict[str, float] = {}
+    if len(operator.stages) < 2:
+        return out
     for name, stage in operator.stages.items():
         options = TimingOptions(
             warmup_seconds=seconds / 5, min_samples=5, max_samples=200, max_seconds=seconds
