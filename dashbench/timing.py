@@ -123,9 +123,9 @@ class Timer:
         self.device = device
         self.samples: list[float] = []
         self.bad: list[bool] = []
+        self.slice_samples: list[int] = []
         self.host: list[float] = []
         self.seconds = 0.0
-        self.slices = 0
         self.calls = 1
         self.telemetry = Telemetry(torch.cuda.current_device()) if device == "cuda" else None
         self._next = 0
@@ -195,8 +195,11 @@ class Timer:
             torch.cuda.synchronize()
 
     def sample(self, seconds: float) -> int:
-        """Takes samples for about this long (at least one); returns how many there are now."""
-        self.slices += 1
+        """Takes samples for about this long (at least one); returns how many there are now.
+
+        Ends early when this slice has its share of the fewest samples and all samples together are precise
+        enough.
+        """
         begin = time.perf_counter()
         before = self.telemetry.read() if self.telemetry else None
         first = len(self.samples)
@@ -208,9 +211,15 @@ class Timer:
                 self._call()
                 self.samples.append(1e3 * (time.perf_counter() - t))
             elapsed = time.perf_counter() - begin
-            if elapsed >= seconds or stop_reason(self.samples, self.seconds + elapsed, self.options):
+            fair_share = len(self.samples) - first >= math.ceil(
+                self.options.min_samples / self.options.rounds
+            )
+            if elapsed >= seconds or (
+                fair_share and stop_reason(self.samples, self.seconds + elapsed, self.options)
+            ):
                 break
         after = self.telemetry.read() if self.telemetry else None
+        self.slice_samples.append(len(self.samples) - first)
         self.bad += [throttled(before) or throttled(after)] * (len(self.samples) - first)
         self.seconds += time.perf_counter() - begin
         return len(self.samples)
@@ -219,7 +228,9 @@ class Timer:
         """Queues some calls between events, as many as should fit the time left, then synchronises once."""
         typical = self.samples[-1] * self.calls if self.samples else None
         count = 1 if typical is None else int(1e3 * seconds / max(typical, 1e-3))
-        count = max(1, min(count, MAX_QUEUED, self.options.max_samples - len(self.samples)))
+        # No slice takes more than its share of the most samples, or the first would leave none to the others.
+        share = math.ceil(self.options.max_samples / self.options.rounds)
+        count = max(1, min(count, MAX_QUEUED, share))
         events = [
             (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)
         ]
@@ -233,7 +244,10 @@ class Timer:
         self.samples += [begin.elapsed_time(end) / self.calls for begin, end in events]
 
     def done(self) -> str | None:
-        """Why sampling may stop, or None."""
+        """Why sampling may stop, or None; never before every round has had its slice, so that drift shows in
+        the interval."""
+        if len(self.slice_samples) < self.options.rounds:
+            return None
         return stop_reason(self.samples, self.seconds, self.options)
 
     def _gpu_ms(self, latency: float) -> float:
@@ -264,7 +278,8 @@ class Timer:
         kept_throttled = dropped > 0 and len(clean) < self.options.min_samples
         samples = self.samples if kept_throttled else clean
         latency = float(np.median(samples))
-        interval = percentile_interval(resampled_medians(samples, seed), latency)
+        slices = self.slice_samples if len(samples) == len(self.samples) else None
+        interval = percentile_interval(resampled_medians(samples, seed, slices), latency)
         eager = self.launch == "eager" and self.device == "cuda"
         return {
             "latency_ms": latency,
@@ -275,7 +290,7 @@ class Timer:
             "timing": {
                 "timer": TIMER_VERSION,
                 "stopped": self.done() or "slices",
-                "slices": self.slices,
+                "slice_samples": slices,
                 "copies": len(self.operators),
                 "calls_a_sample": self.calls,
                 "throttled_dropped": 0 if kept_throttled else dropped,
