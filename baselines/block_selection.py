@@ -126,9 +126,13 @@ class TopBlocks:
         return scores.masked_fill(forced, torch.inf).masked_fill(~eligible, -torch.inf), eligible, forced
 
     def select(self, scores: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Bool `[B, Hkv, R, M]` from scores of that shape."""
+        """Bool `[B, Hkv, R, M]` from scores of that shape; of equal scores the earlier block wins.
+
+        Equal scores are common under the `max` rule: a window across the border of two blocks can be the best
+        of both.
+        """
         ranked, eligible, _ = self._ranked(scores, positions)
-        best = ranked.topk(min(self.top_k, scores.shape[-1]), -1).indices
+        best = ranked.sort(dim=-1, descending=True, stable=True).indices[..., : self.top_k]
         return torch.zeros_like(ranked, dtype=torch.bool).scatter(-1, best, True) & eligible
 
     def undecided(self, scores: torch.Tensor, positions: torch.Tensor, margin: torch.Tensor) -> torch.Tensor:
