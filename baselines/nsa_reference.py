@@ -174,15 +174,15 @@ class Compressor:
 
 
 class Nsa(BlockSparseReference):
-    """NSA for the shapes, seed and block size of one problem."""
+    """NSA for the shapes, seed and block size of one problem, by windows other than block / 2, / 4 if given."""
 
-    def __init__(self, problem: Problem, settings: NsaSettings):
+    def __init__(self, problem: Problem, settings: NsaSettings, windows: Windows | None = None):
         block = problem.block_size
-        if block % 4:
+        if block % 4 and windows is None:
             raise Unsupported(
                 f"NSA needs a block size that is a multiple of 4 (stride = block / 4), not {block}"
             )
-        self.windows = Windows(block // 2, block // 4)
+        self.windows = windows or Windows(block // 2, block // 4)
         self.top = TopBlocks(block, settings.top_k, settings.init_blocks, settings.local_blocks)
         self.scale = problem.scale
         self.rule = settings.rule
