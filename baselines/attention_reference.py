@@ -21,9 +21,11 @@ SLICE_BYTES = 256 * 2**20
 """Most bytes of one slice's scores; a few temporaries of that size live at once."""
 
 
-def row_slices(rows: int, bytes_per_row: int, budget: int = SLICE_BYTES) -> Iterator[slice]:
-    """Slices that cover `range(rows)`, each with at most `budget` bytes (at least one row)."""
-    step = max(1, min(rows, budget // max(1, bytes_per_row)))
+def row_slices(
+    rows: int, bytes_per_row: int, budget: int = SLICE_BYTES, most: int | None = None
+) -> Iterator[slice]:
+    """Slices that cover `range(rows)`, each of at most `budget` bytes and `most` rows (at least one row)."""
+    step = max(1, min(most or rows, budget // max(1, bytes_per_row)))
     for first in range(0, rows, step):
         yield slice(first, min(rows, first + step))
 
