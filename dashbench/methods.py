@@ -1,8 +1,7 @@
 """The methods dashbench knows, as data: name, where its code is, its knob, what it can do.
 
 Import strings keep torch out of `dashbench list` and `--help`. Methods from outside the tree plug in through
-the entry point group
-`dashbench.methods`: each entry point names a `Method` object.
+the entry point group `dashbench.methods`: each entry point names a `Method` object.
 """
 
 from __future__ import annotations
@@ -93,6 +92,14 @@ BUILT_IN: tuple[Method, ...] = (
         "fa3",
         "dashbench.baselines.flash_attention3:prepare",
         "FlashAttention-3, forward only: prefill by flash_attn_func, decode by flash_attn_with_kvcache",
+        requires={"flash_attn_interface|fa3_fwd_interface": "fa3-fwd==0.0.3"},
+        min_capability=(9, 0),
+        family="fa3",
+    ),
+    Method(
+        "fa3@fp8",
+        "dashbench.baselines.flash_attention3:prepare_fp8",
+        "FlashAttention-3 on e4m3 inputs quantised before the timed region, bf16 output, forward only",
         requires={"flash_attn_interface|fa3_fwd_interface": "fa3-fwd==0.0.3"},
         min_capability=(9, 0),
         family="fa3",

@@ -59,7 +59,10 @@ def skip_reason(point: Point, device: dict[str, Any] | None, own_interpreter: bo
         and point.sparsity_target - point.sparsity_tolerance > reachable_sparsity(point)
     ):
         most = reachable_sparsity(point)
-        return f"s_flop {point.sparsity_target:g} is out of reach: keeping only the own block of {point.block_size} gives {most:.3f}"
+        return (
+            f"s_flop {point.sparsity_target:g} is out of reach: "
+            f"keeping only the own block of {point.block_size} gives {most:.3f}"
+        )
     if device is not None:
         if device["kind"] not in method.devices:
             return f"needs a {'GPU' if device['kind'] == 'cpu' else 'CPU'}"

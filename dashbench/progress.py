@@ -16,7 +16,8 @@ COLOURS = {"ok": "green", "skipped": "yellow"}
 
 def _row_text(row: dict[str, Any]) -> str:
     target = "" if row["sparsity_target"] is None else f" S {100 * row['sparsity_target']:g} %"
-    where = f"{row['method']} {row['phase']} {row['context']} x{row['batch']} {row['cache']} {row['launch']}{target}"
+    timed = f"{row['cache']} {row['launch']}"
+    where = f"{row['method']} {row['phase']} {row['context']} x{row['batch']} {timed}{target}"
     if row["status"] == "ok":
         low, high = row["latency_ci_ms"]
         return f"ok       {where}: {row['latency_ms']:.4g} ms [{low:.4g}, {high:.4g}]"

@@ -1,4 +1,4 @@
-"""Names of the input generators of dashbench.inputs: what decides which chunks a query needs. No torch here."""
+"""Names of the input generators of dashbench.inputs: what makes a query need a chunk. No torch here."""
 
 from __future__ import annotations
 

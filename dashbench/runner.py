@@ -10,6 +10,7 @@ its members run one after the other and their rows say so.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -154,10 +155,8 @@ class WorkerProcess:
 
     def kill(self) -> None:
         """Kills it and everything it started."""
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self.process.wait()
 
     def close(self) -> None:
@@ -386,12 +385,8 @@ class Runner:
         answer = self._ask(point.method, command)
         if answer["status"] == "ready":
             return held
-        if (
-            answer["status"] == "oom"
-            and together
-            and len(self.workers) > 1
-            and self._environment(point.method)[0]["kind"] == "cuda"
-        ):
+        crowded = together and len(self.workers) > 1
+        if answer["status"] == "oom" and crowded and self._environment(point.method)[0]["kind"] == "cuda":
             return answer
         self._write(held, answer)
         return None
@@ -439,7 +434,8 @@ def describe_point(point: Point) -> str:
     """One line for progress displays."""
     target = "" if point.sparsity_target is None else f", S {100 * point.sparsity_target:g} %"
     knobs = "".join(f", {k} {v}" for k, v in point.knobs.items())
-    return f"{point.method} {point.phase} {point.context} x{point.batch}, {point.cache}, {point.launch}{target}{knobs}"
+    where = f"{point.method} {point.phase} {point.context} x{point.batch}"
+    return f"{where}, {point.cache}, {point.launch}{target}{knobs}"
 
 
 def run_suite(

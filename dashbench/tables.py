@@ -6,9 +6,18 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
 from dashbench.figures import tokens
+
+
+def wide_console() -> Console:
+    """Standard output at the terminal's width; wide enough for whole tables where it is not a terminal."""
+    console = Console(highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = 200
+    return console
 
 
 def _time(ms: float) -> str:

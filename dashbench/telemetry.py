@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-# Reasons that mean the chip is not in its normal state: thermal slowdowns and power brakes. The software power
-# cap is not among them: large matrix products run against it all the time.
+# Reasons that mean the chip is not in its normal state: thermal slowdowns and power brakes. The software
+# power cap is not among them: large matrix products run against it all the time.
 BAD_REASONS = {"hw_slowdown": 0x8, "sw_thermal": 0x20, "hw_thermal": 0x40, "power_brake": 0x80}
 POWER_CAP = 0x4
 # A clock under this share of the highest seen in the same measurement is throttled, whatever the reason.

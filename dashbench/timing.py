@@ -38,7 +38,7 @@ REPLAY_MS = 0.5
 MAX_CALLS_IN_GRAPH = 256
 # More copies than this are not made: inputs so small that these do not fill the cache are reported as such.
 MAX_COPIES = 512
-# Calls queued between two synchronisations: below the driver's launch queue, or enqueueing itself would block.
+# Calls queued between two synchronisations: fewer than the driver's launch queue holds, or enqueueing blocks.
 MAX_QUEUED = 128
 PLATEAU_GAIN = 0.9
 # NVML answers slowly; the chip's temperature changes slowly too.
@@ -367,8 +367,13 @@ class Timer:
 
 
 def time_stages(operator: Operator, device: str, seconds: float = 0.05) -> dict[str, float]:
-    """Median ms of each stage alone, its inputs prepared and warm; on a GPU with its launch hidden."""
-    out = {}
+    """Median ms of each stage alone, its inputs prepared and warm, on a GPU with its launch hidden.
+
+    Nothing for an operator that is a single stage: its time is the latency.
+    """
+    out: dict[str, float] = {}
+    if len(operator.stages) < 2:
+        return out
     options = TimingOptions(warmup_seconds=seconds / 5, min_samples=5, max_samples=200, max_seconds=seconds)
     for name, stage in operator.stages.items():
         timer = Timer([replace(operator, run=stage)], options, "eager", device)
