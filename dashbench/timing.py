@@ -119,8 +119,8 @@ def median_interval(
     """95 % bootstrap interval of the median that does not forget drift between slices.
 
     Samples of one slice share clocks and temperature, so resampling them one by one understates the
-    uncertainty. With three slices or more the slices are resampled too (a cluster bootstrap), and the wider of
-    both intervals holds at each end.
+    uncertainty. With three slices or more the slices are resampled too (a cluster bootstrap), and each end of
+    the interval is the wider of the two.
 
     Args:
         samples: ms.
