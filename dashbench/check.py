@@ -207,7 +207,7 @@ def _gradient_problems(
 
 
 def _identity_problems(problem: Problem, output: torch.Tensor, found: dict[str, torch.Tensor]) -> list[str]:
-    """Checks that hold at any size, for every batch element and KV head, with the output O and its gradient dO.
+    """Checks that hold at any size for every batch element and KV head, with output O and its gradient dO.
 
     Attention is linear in V, so ⟨dV, V⟩ = ⟨dO, O⟩; scores are bilinear in Q and K, so scaling Q is scaling
     K and ⟨dQ, Q⟩ = ⟨dK, K⟩ (routing by mean-pooled keys included; a learned summary query breaks it, then
@@ -225,11 +225,7 @@ def _identity_problems(problem: Problem, output: torch.Tensor, found: dict[str, 
             product = x.double() * y.double()
             sums.append(product.sum())
             squares.append(product.square().sum())
-        per_head = (
-            a.shape[:2] if a.shape[1] == problem.key.shape[1] else (a.shape[0], problem.key.shape[1], group)
-        )
-        out = (torch.stack(sums).view(per_head), torch.stack(squares).view(per_head))
-        return out if out[0].ndim == 2 else (out[0].sum(-1), out[1].sum(-1))
+        return tuple(torch.stack(x).view(*problem.key.shape[:2], -1).sum(-1) for x in (sums, squares))
 
     pairs = {"value": (terms(found["value"], problem.value), terms(problem.grad_output, output))}
     if not bool(problem.summary_query.any()):
