@@ -113,37 +113,6 @@ def stop_reason(samples: Sequence[float], seconds: float, options: TimingOptions
     return None
 
 
-def median_interval(
-    samples: Sequence[float], slices: Sequence[int], seed: int, resolution: float = 0.0
-) -> tuple[float, float]:
-    """95 % bootstrap interval of the median that does not forget drift between slices.
-
-    Samples of one slice share clocks and temperature, so resampling them one by one understates the
-    uncertainty. With three slices or more the slices are resampled too (a cluster bootstrap), and each end of
-    the interval is the wider of the two.
-
-    Args:
-        samples: ms.
-        slices: number of the slice of each sample.
-        seed: of the resampling.
-        resolution: of one sample; the interval reaches at least this far to each side.
-    """
-    values, labels = np.asarray(samples, dtype=float), np.asarray(slices)
-    median = float(np.median(values))
-    interval = percentile_interval(resampled_medians(values, seed), median)
-    low, high = interval.low, interval.high
-    groups = [values[labels == label] for label in np.unique(labels)]
-    if len(groups) >= 3:
-        random = np.random.default_rng(seed + 1)
-        draws = []
-        for _ in range(500):
-            picked = (groups[i] for i in random.integers(0, len(groups), len(groups)))
-            draws.append(np.median(np.concatenate([random.choice(g, g.size) for g in picked])))
-        clustered = percentile_interval(np.asarray(draws), median)
-        low, high = min(low, clustered.low), max(high, clustered.high)
-    return min(low, median - resolution), max(high, median + resolution)
-
-
 class Timer:
     """Times one prepared point; see the module's docstring.
 
@@ -175,12 +144,11 @@ class Timer:
         self.samples: list[float] = []
         self.host: list[float] = []
         self.seconds = 0.0
-        self.slices = 0
+        self.slice_samples: list[int] = []
         self.calls = 1
         self.telemetry = telemetry or (Telemetry(torch.cuda.current_device()) if device == "cuda" else None)
         self._clock = clock
-        # Of every sample: its slice, and the reading of the chip nearest to it (an index; −1: none).
-        self._slice: list[int] = []
+        # Of every sample the latest reading of the chip (an index; −1: none).
         self._reading: list[int] = []
         self._read_at = -math.inf
         self._next = 0
@@ -256,9 +224,14 @@ class Timer:
                 torch.cuda.synchronize()
 
     def sample(self, seconds: float) -> int:
-        """Takes samples for about this long (at least one); returns how many there are now."""
-        self.slices += 1
+        """Takes samples for about this long (at least one); returns how many there are now.
+
+        Ends early when this slice has its share of the fewest samples and all samples together are precise
+        enough.
+        """
         begin = self._clock()
+        first = len(self.samples)
+        share = math.ceil(self.options.min_samples / self.options.rounds)
         while True:
             before = len(self.samples)
             if self.device == "cuda":
@@ -268,12 +241,15 @@ class Timer:
                 self._call()
                 self.samples.append(1e3 * (self._clock() - started))
                 self._look()
-            taken = len(self.samples) - before
-            self._slice += [self.slices] * taken
-            self._reading += [len(self.telemetry.readings) - 1 if self.telemetry else -1] * taken
+            latest = len(self.telemetry.readings) - 1 if self.telemetry else -1
+            self._reading += [latest] * (len(self.samples) - before)
             elapsed = self._clock() - begin
-            if elapsed >= seconds or stop_reason(self.samples, self.seconds + elapsed, self.options):
+            fair = len(self.samples) - first >= share
+            if elapsed >= seconds or (
+                fair and stop_reason(self.samples, self.seconds + elapsed, self.options)
+            ):
                 break
+        self.slice_samples.append(len(self.samples) - first)
         self.seconds += self._clock() - begin
         return len(self.samples)
 
@@ -287,7 +263,9 @@ class Timer:
         """Queues as many calls between events as should fit the time left, then synchronises once."""
         typical = self.samples[-1] * self.calls if self.samples else None
         count = 1 if typical is None else int(1e3 * seconds / max(typical, 1e-3))
-        count = max(1, min(count, MAX_QUEUED, self.options.max_samples - len(self.samples)))
+        # No slice takes more than its share of the most samples, or the first would leave none to the others.
+        share = math.ceil(self.options.max_samples / self.options.rounds)
+        count = max(1, min(count, MAX_QUEUED, share))
         events = _events(count)
         for begin, end in events:
             begin.record()
@@ -301,7 +279,12 @@ class Timer:
         self.samples += [begin.elapsed_time(end) / self.calls for begin, end in events]
 
     def done(self) -> str | None:
-        """Why sampling may stop, or None."""
+        """Why sampling may stop, or None.
+
+        Never before every round has had its slice, so that drift between slices shows in the interval.
+        """
+        if len(self.slice_samples) < self.options.rounds:
+            return None
         return stop_reason(self.samples, self.seconds, self.options)
 
     def gpu_ms(self, latency: float) -> float:
@@ -340,14 +323,19 @@ class Timer:
         emptied = dropped > 0 and len(bad) - dropped < self.options.min_samples
         keep = [emptied or not b for b in bad]
         samples = [s for s, k in zip(self.samples, keep, strict=True) if k]
-        slices = [s for s, k in zip(self._slice, keep, strict=True) if k]
+        ends = np.cumsum([0, *self.slice_samples])
+        slices = [sum(keep[a:b]) for a, b in zip(ends, ends[1:], strict=False)]
         latency = float(np.median(samples))
+        interval = percentile_interval(resampled_medians(samples, seed, slices), latency)
         on_gpu = self.device == "cuda"
         eager = self.launch == "eager" and on_gpu
         resolution = EVENT_RESOLUTION_MS / self.calls if on_gpu else 0.0
         return {
             "latency_ms": latency,
-            "latency_ci_ms": median_interval(samples, slices, seed, resolution),
+            "latency_ci_ms": (
+                min(interval.low, latency - resolution),
+                max(interval.high, latency + resolution),
+            ),
             "gpu_ms": self.gpu_ms(latency) if eager else None,
             "host_ms": float(np.median(self.host)) if eager else None,
             "samples": [float(f"{s:.6g}") for s in samples],
@@ -356,7 +344,7 @@ class Timer:
                 "stopped": self.done() or "slices",
                 "half_width": _finite(median_half_width(samples)),
                 "seconds": round(self.seconds, 4),
-                "slices": self.slices,
+                "slice_samples": slices,
                 "copies": len(self.operators),
                 "calls_a_sample": self.calls,
                 "throttled_dropped": 0 if emptied else dropped,

@@ -13,7 +13,7 @@ from dashbench.analysis.statistics import (
     cliffs_delta,
     holm,
     percentile_interval,
-    ratio_of_medians,
+    ratio_of_rows,
     resampled_medians,
 )
 
@@ -47,7 +47,9 @@ def test_interval_of_a_ratio_covers_the_truth_about_as_often_as_it_says():
     rng = np.random.default_rng(0)
     hits = 0
     for trial in range(200):
-        interval = ratio_of_medians(rng.lognormal(0.7, 0.1, 40), rng.lognormal(0.0, 0.1, 40), seed=trial)
+        interval = ratio_of_rows(
+            {"samples": rng.lognormal(0.7, 0.1, 40)}, {"samples": rng.lognormal(0.0, 0.1, 40)}, seed=trial
+        )
         hits += interval.low <= np.exp(0.7) <= interval.high
     assert 0.90 <= hits / 200 <= 0.99
 

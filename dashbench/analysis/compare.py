@@ -9,7 +9,7 @@ from typing import Any, Literal
 from scipy.stats import mannwhitneyu
 
 from dashbench.analysis.points import finished
-from dashbench.analysis.statistics import Interval, cliffs_delta, holm, ratio_of_medians
+from dashbench.analysis.statistics import Interval, cliffs_delta, holm, ratio_of_rows
 
 Verdict = Literal["FASTER", "SLOWER", "SAME", "AMBIGUOUS"]
 
@@ -72,7 +72,7 @@ def compare(
     ]
     out = []
     for i, ((b, a), p) in enumerate(zip(pairs, holm(raw) if raw else [], strict=True)):
-        ratio = ratio_of_medians(a["samples"], b["samples"], seed=i)
+        ratio = ratio_of_rows(a, b, seed=i)
         effect = cliffs_delta(a["samples"], b["samples"])
         verdict, reason = _judge(ratio, p, effect, min(len(a["samples"]), len(b["samples"])), threshold)
         out.append(Comparison(b, a, ratio, p, effect, verdict, reason))

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from dashbench.analysis.points import Line, best_dense, is_dense, lines, setting
-from dashbench.analysis.statistics import Interval, bootstrap_of, percentile_interval, ratio_of_medians
+from dashbench.analysis.statistics import Interval, ratio_of_rows, row_medians
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,7 @@ def speedups(rows: Iterable[dict[str, Any]]) -> dict[Line, list[Speedup]]:
     found = {}
     for name, members in lines(rows).items():
         points = [
-            Speedup(
-                r, dense[setting(r)], ratio_of_medians(dense[setting(r)]["samples"], r["samples"], seed=i)
-            )
+            Speedup(r, dense[setting(r)], ratio_of_rows(dense[setting(r)], r, seed=i))
             for i, r in enumerate(members)
             if setting(r) in dense and not is_dense(r)
         ]
@@ -103,15 +101,9 @@ def crossover(name: Line, points: list[Speedup], seed: int = 0) -> Crossover:
     contexts = np.array([p.row["context"] for p in points], dtype=float)
     log_context = np.log(contexts)
     best = _crossing(log_context, np.log([[p.ratio.value for p in points]]))[0]
-    count = len(points)
-    groups = [p.dense["samples"] for p in points] + [p.row["samples"] for p in points]
-    draws = bootstrap_of(
-        lambda medians: _crossing(
-            log_context, np.log(np.stack(medians[:count], 1) / np.stack(medians[count:], 1))
-        ),
-        groups,
-        seed,
-    )
+    dense = np.stack([row_medians(p.dense, seed * 1009 + 2 * i) for i, p in enumerate(points)], 1)
+    ours = np.stack([row_medians(p.row, seed * 1009 + 2 * i + 1) for i, p in enumerate(points)], 1)
+    draws = _crossing(log_context, np.log(dense / ours))
     never = float(np.mean(np.isposinf(draws)))
     verdict: Literal["at", "always", "never"] = (
         "never" if np.isposinf(best) else "always" if np.isneginf(best) else "at"
@@ -133,6 +125,3 @@ def crossover(name: Line, points: list[Speedup], seed: int = 0) -> Crossover:
 def crossovers(rows: Iterable[dict[str, Any]]) -> list[Crossover]:
     """The crossover of every sparse line that has at least one comparable dense row."""
     return [crossover(name, points, i) for i, (name, points) in enumerate(speedups(rows).items())]
-
-
-__all__ = ["Crossover", "Interval", "Speedup", "crossover", "crossovers", "percentile_interval", "speedups"]

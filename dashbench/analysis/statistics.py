@@ -6,8 +6,9 @@ on a normal distribution.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -24,13 +25,23 @@ class Interval:
     high: float
 
 
-def resampled_medians(samples: Sequence[float], seed: int, resamples: int = RESAMPLES) -> np.ndarray:
-    """Medians of bootstrap resamples.
+def resampled_medians(
+    samples: Sequence[float], seed: int, slices: Sequence[int] | None = None, resamples: int = RESAMPLES
+) -> np.ndarray:
+    """Draws of the median: a bootstrap of the samples, widened by what differs between slices.
+
+    Samples of one slice share a clock and a temperature, so treating them as independent gives intervals
+    that are far too narrow (the same
+    kernel timed twice then "differs" most of the time). The standard error of the slice medians, with
+    Student's t for their small
+    number, is added to the draws; it contains part of the bootstrap's own spread, so the result errs on the
+    wide side.
 
     Args:
-        samples: at least one sample.
+        samples: at least one sample, slice after slice.
         seed: of the resampling; different quantities that are combined need different seeds.
-        resamples: how many.
+        slices: number of samples in each slice; None or a single slice: plain bootstrap.
+        resamples: how many draws.
 
     Returns:
         `[resamples]` float64.
@@ -38,8 +49,15 @@ def resampled_medians(samples: Sequence[float], seed: int, resamples: int = RESA
     values = np.asarray(samples, dtype=float)
     if values.size == 0:
         raise ValueError("no samples")
-    draws = np.random.default_rng(seed).integers(0, values.size, size=(resamples, values.size))
-    return np.median(values[draws], axis=1)
+    random = np.random.default_rng(seed)
+    draws = np.median(values[random.integers(0, values.size, size=(resamples, values.size))], axis=1)
+    sizes = [n for n in slices or () if n > 0]
+    if len(sizes) > 1 and sum(sizes) == values.size:
+        medians = [np.median(part) for part in np.split(values, np.cumsum(sizes)[:-1])]
+        error = float(np.std(medians, ddof=1)) / len(sizes) ** 0.5
+        draws = draws + error * random.standard_t(len(sizes) - 1, resamples)
+        draws = np.maximum(draws, values.min() / 2)  # a time stays positive
+    return draws
 
 
 def percentile_interval(draws: np.ndarray, value: float, level: float = LEVEL) -> Interval:
@@ -48,13 +66,18 @@ def percentile_interval(draws: np.ndarray, value: float, level: float = LEVEL) -
     return Interval(float(value), float(low), float(high))
 
 
-def ratio_of_medians(over: Sequence[float], under: Sequence[float], seed: int = 0) -> Interval:
-    """median(over) / median(under) with a bootstrap interval; the two are resampled independently.
+def row_medians(row: dict[str, Any], seed: int) -> np.ndarray:
+    """Draws of the median latency of a stored row, `[RESAMPLES]`, its slices respected."""
+    return resampled_medians(row["samples"], seed, (row.get("timing") or {}).get("slice_samples"))
 
-    For a speedup, `over` holds the baseline's samples and `under` the method's.
+
+def ratio_of_rows(over: dict[str, Any], under: dict[str, Any], seed: int = 0) -> Interval:
+    """Ratio of two rows' median latencies with a bootstrap interval; the two are resampled independently.
+
+    For a speedup, `over` is the baseline's row and `under` the method's.
     """
-    draws = resampled_medians(over, 2 * seed + 1) / resampled_medians(under, 2 * seed + 2)
-    return percentile_interval(draws, float(np.median(over) / np.median(under)))
+    draws = row_medians(over, 2 * seed + 1) / row_medians(under, 2 * seed + 2)
+    return percentile_interval(draws, float(np.median(over["samples"]) / np.median(under["samples"])))
 
 
 def cliffs_delta(a: Sequence[float], b: Sequence[float]) -> float:
@@ -76,20 +99,3 @@ def holm(p_values: Sequence[float]) -> list[float]:
         running = max(running, min(1.0, (p.size - rank) * p[index]))
         adjusted[index] = running
     return adjusted.tolist()
-
-
-def bootstrap_of(
-    function: Callable[[list[np.ndarray]], np.ndarray], groups: Sequence[Sequence[float]], seed: int = 0
-) -> np.ndarray:
-    """Resamples several groups of samples independently and applies `function` to their `[resamples]`
-    medians.
-
-    Args:
-        function: maps a list of arrays `[resamples]`, one a group, to an array `[resamples]`.
-        groups: samples of each group.
-        seed: of the resampling.
-
-    Returns:
-        What `function` returned.
-    """
-    return function([resampled_medians(g, seed * 1009 + i) for i, g in enumerate(groups)])
