@@ -1,5 +1,4 @@
-"""Names of the input generators (see dashbench.inputs): what decides which chunks a query needs. No torch
-here."""
+"""Names of the input generators of dashbench.inputs: what makes a query need a chunk. No torch here."""
 
 from __future__ import annotations
 
@@ -26,11 +25,8 @@ ROUTINGS: dict[str, tuple[str, dict[str, Any]]] = {
         {"topics": 48},
     ),
     "captured": (
-        "q, k, v replayed from a .safetensors file (option `path`, tensors `query`, `key`, `value`)",
+        "q, k, v replayed from a .safetensors or .pt file (option `path`, tensors `query`, `key`, `value`)",
         {},
     ),
-    "iid": (
-        "independent normal numbers: UNREALISTIC, nothing to route on; as some papers time it",
-        {},
-    ),
+    "iid": ("independent normal numbers: UNREALISTIC, nothing to route on; as some papers time it", {}),
 }

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-# Throttle reasons that mean the measurement is not of the chip at its normal state: thermal slowdowns and
-# power brakes. The software
+# Reasons that mean the chip is not in its normal state: thermal slowdowns and power brakes. The software
 # power cap is not among them: large matrix products run against it all the time.
 BAD_REASONS = {"hw_slowdown": 0x8, "sw_thermal": 0x20, "hw_thermal": 0x40, "power_brake": 0x80}
 POWER_CAP = 0x4
+# A clock under this share of the highest seen in the same measurement is throttled, whatever the reason.
+SLOW_CLOCK = 0.75
 
 
 class Telemetry:
-    """Reads one GPU. Where NVML is missing, reads nothing and says so in `summary`."""
+    """Reads one GPU. Where NVML is missing, reads nothing and says so in `summary`.
+
+    Args:
+        index: of the GPU as torch counts them; NVML's own count ignores CUDA_VISIBLE_DEVICES.
+    """
 
     def __init__(self, index: int = 0):
         self.readings: list[dict[str, float]] = []
@@ -22,7 +27,7 @@ class Telemetry:
 
             pynvml.nvmlInit()
             self._nvml = pynvml
-            self._handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+            self._handle = _handle(pynvml, index)
         except Exception as problem:  # any NVML failure only costs us the telemetry
             self._nvml = None
             self.note = f"no NVML: {problem}"
@@ -55,9 +60,23 @@ class Telemetry:
             out[name] = [values[0], values[len(values) // 2], values[-1]]
         capped = sum(int(r["reasons"]) & POWER_CAP != 0 for r in self.readings)
         out["at_power_cap"] = round(capped / len(self.readings), 3)
+        out["readings"] = len(self.readings)
+        if self.note:
+            out["note"] = self.note
         return out
 
 
-def throttled(reading: dict[str, float] | None) -> bool:
-    """Whether a reading shows a thermal slowdown or a power brake."""
-    return reading is not None and any(int(reading["reasons"]) & bit for bit in BAD_REASONS.values())
+def throttled(reading: dict[str, float], fastest_mhz: float) -> bool:
+    """Whether a reading shows a thermal slowdown, a power brake, or a clock far below `fastest_mhz`."""
+    braked = any(int(reading["reasons"]) & bit for bit in BAD_REASONS.values())
+    return braked or reading["sm_mhz"] < SLOW_CLOCK * fastest_mhz
+
+
+def _handle(nvml: Any, index: int) -> Any:
+    import torch
+
+    uuid = f"GPU-{torch.cuda.get_device_properties(index).uuid}"
+    try:
+        return nvml.nvmlDeviceGetHandleByUUID(uuid)
+    except nvml.NVMLError:  # a MIG slice, or an NVML that wants bytes
+        return nvml.nvmlDeviceGetHandleByIndex(index)

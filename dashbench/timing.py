@@ -1,21 +1,19 @@
 """The one timer. What it measures, in words:
 
 * `graph`: calls are captured into a CUDA graph that lasts long enough to make event resolution and launch
-negligible; a sample is one replay
-  divided by its calls. This is time on the GPU, back to back.
+  negligible; a sample is one replay divided by its calls. This is time on the GPU, back to back.
 * `eager`: a sample is the time between CUDA events around one call issued from Python, so a call shorter
-than its own launch shows the launch.
-  Beside it `host_ms` (Python and driver time of the call) and `gpu_ms` (the same call queued behind a
-  blocking kernel, launches hidden).
+  than its own launch shows the launch. Beside it `host_ms` (Python and driver time of the call) and `gpu_ms`
+  (the same call queued behind a blocking kernel, launches hidden).
 * `cold`: calls rotate through copies of the inputs that together exceed twice the L2 cache. `warm`: always
-the same inputs.
+  the same inputs.
 * On a CPU a sample is `perf_counter` around one call.
 
 Sampling comes in slices so that a runner can let several methods take turns, and stops by itself: when the
-interval of the median is narrow
-enough, when more samples no longer narrow it (a plateau), or when time is up; never below a minimum of
-samples. Samples taken while the
-chip reports a thermal slowdown or a power brake are dropped, unless too few would be left.
+interval of the median is narrow enough, when more samples no longer narrow it (a plateau), or when time is
+up; never below a minimum of samples. Samples taken while the chip reports a thermal slowdown or a power
+brake, or while its clock is under three quarters of the highest seen, are dropped, unless too few would be
+left.
 """
 
 from __future__ import annotations
@@ -38,10 +36,18 @@ TIMER_VERSION = 1
 # One replay of a captured graph lasts at least this long.
 REPLAY_MS = 0.5
 MAX_CALLS_IN_GRAPH = 256
-# Calls queued between two synchronisations: below the driver's launch queue, or enqueueing itself would
-# block.
+# More copies than this are not made: inputs so small that these do not fill the cache are reported as such.
+MAX_COPIES = 512
+# Calls queued between two synchronisations: fewer than the driver's launch queue holds, or enqueueing blocks.
 MAX_QUEUED = 128
 PLATEAU_GAIN = 0.9
+# NVML answers slowly; the chip's temperature changes slowly too.
+TELEMETRY_EVERY_S = 0.05
+# Resolution of CUDA events (CUDA runtime API: about half a microsecond).
+EVENT_RESOLUTION_MS = 5e-4
+# Calls timed behind one blocking kernel, and calls for which hiding the launch is not worth it.
+HIDDEN_CALLS = 20
+LONG_CALL_MS = 5.0
 
 
 def rotation(bytes_of_one: int, cache_bytes: int, cache: str, spare_bytes: int) -> int:
@@ -55,17 +61,20 @@ def rotation(bytes_of_one: int, cache_bytes: int, cache: str, spare_bytes: int) 
 
     Returns:
         1 when warm, or when one call alone sweeps the cache many times over; else enough to exceed twice the
-        cache.
+        cache, as far as memory and `MAX_COPIES` allow.
     """
     if cache == "warm" or cache_bytes == 0 or bytes_of_one > 16 * cache_bytes:
         return 1
     wanted = math.ceil(2 * cache_bytes / bytes_of_one) + 1
-    return max(1, min(wanted, MAX_CALLS_IN_GRAPH, spare_bytes // max(bytes_of_one, 1)))
+    return max(1, min(wanted, MAX_COPIES, spare_bytes // max(bytes_of_one, 1)))
 
 
 def median_half_width(samples: Sequence[float]) -> float:
-    """Relative half-width of a 95 % order-statistic (binomial) interval of the median; infinite below 6
-    samples."""
+    """Relative half-width of the 95 % order-statistic interval of the median; infinite below 6 samples.
+
+    The number of samples under the true median is binomial(n, 1/2), so the interval reaches 0.98 √n ranks to
+    each side of the middle; with fewer than 6 samples no pair of ranks covers 95 %.
+    """
     n = len(samples)
     if n < 6:
         return math.inf
@@ -76,16 +85,17 @@ def median_half_width(samples: Sequence[float]) -> float:
     return (ordered[high] - ordered[low]) / 2 / middle if middle > 0 else 0.0
 
 
-def stop_reason(
-    samples: Sequence[float], seconds: float, options: TimingOptions, taken: int | None = None
-) -> str | None:
+def stop_reason(samples: Sequence[float], seconds: float, options: TimingOptions) -> str | None:
     """Why sampling may stop now, or None.
 
     Args:
-        samples: ms, in the order taken; at most about 1000 of them matter.
+        samples: ms, in the order taken.
         seconds: spent sampling.
         options: of the suite.
-        taken: calls made, if more than samples.
+
+    Returns:
+        `precise`, `plateau`, `samples`, `time`, or None. A plateau means that the last doubling of the
+        samples narrowed the interval by less than a tenth (it would by 30 % if they were independent).
     """
     n = len(samples)
     if n < options.min_samples:
@@ -111,23 +121,36 @@ class Timer:
         options: of the suite.
         launch: `eager` or `graph`.
         device: `cpu` or `cuda`.
+        clock: seconds, for the time budget and, on a CPU, for the samples.
+        telemetry: reads the chip; by default NVML on a GPU, nothing on a CPU.
 
     Raises:
         Unsupported: `graph` on a CPU, or an operator that cannot be captured.
     """
 
-    def __init__(self, operators: Sequence[Operator], options: TimingOptions, launch: str, device: str):
+    def __init__(
+        self,
+        operators: Sequence[Operator],
+        options: TimingOptions,
+        launch: str,
+        device: str,
+        clock: Callable[[], float] = time.perf_counter,
+        telemetry: Telemetry | None = None,
+    ):
         self.operators = list(operators)
         self.options = options
         self.launch = launch
         self.device = device
         self.samples: list[float] = []
-        self.bad: list[bool] = []
-        self.slice_samples: list[int] = []
         self.host: list[float] = []
         self.seconds = 0.0
+        self.slice_samples: list[int] = []
         self.calls = 1
-        self.telemetry = Telemetry(torch.cuda.current_device()) if device == "cuda" else None
+        self.telemetry = telemetry or (Telemetry(torch.cuda.current_device()) if device == "cuda" else None)
+        self._clock = clock
+        # Of every sample the latest reading of the chip (an index; −1: none).
+        self._reading: list[int] = []
+        self._read_at = -math.inf
         self._next = 0
         self._graph: torch.cuda.CUDAGraph | None = None
         self._static: torch.Tensor | None = None
@@ -150,7 +173,9 @@ class Timer:
         torch.cuda.synchronize()
         copies = len(self.operators)
         wanted = max(copies, math.ceil(REPLAY_MS / max(begin.elapsed_time(end), 1e-3)))
-        self.calls = min(math.ceil(wanted / copies) * copies, max(copies, MAX_CALLS_IN_GRAPH))
+        self.calls = min(
+            math.ceil(wanted / copies) * copies, max(copies, MAX_CALLS_IN_GRAPH // copies * copies)
+        )
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):
@@ -166,13 +191,20 @@ class Timer:
         torch.cuda.synchronize()
 
     def replayed(self) -> Operator:
-        """The first operator with `run` going through the captured graph, for the gate."""
+        """The first operator with `run` going through the captured graph, for the gate.
+
+        The output is poisoned first: a replay that writes nothing must not pass with what the capture left.
+        """
+        if self._graph is None:
+            return self.operators[0]
 
         def run() -> torch.Tensor:
+            with torch.no_grad():
+                self._static.detach().fill_(math.nan)
             self._graph.replay()
             return self._static
 
-        return replace(self.operators[0], run=run) if self._graph is not None else self.operators[0]
+        return replace(self.operators[0], run=run)
 
     def _call(self) -> None:
         if self._graph is not None:
@@ -182,17 +214,14 @@ class Timer:
             self._next = (self._next + 1) % len(self.operators)
 
     def warm_up(self) -> None:
-        """Runs untimed by time, not by count, and at least twice, so that clocks, caches and allocators
-        settle."""
-        until = time.perf_counter() + self.options.warmup_seconds
-        done = 0
-        while done < 2 or time.perf_counter() < until:
+        """Runs untimed by time, at least twice and through all copies, so that clocks and caches settle."""
+        until = self._clock() + self.options.warmup_seconds
+        done, least = 0, 2 if self._graph is not None else max(2, len(self.operators))
+        while done < least or self._clock() < until:
             self._call()
             done += 1
-            if self.device == "cuda" and done % 8 == 0:
+            if self.device == "cuda":
                 torch.cuda.synchronize()
-        if self.device == "cuda":
-            torch.cuda.synchronize()
 
     def sample(self, seconds: float) -> int:
         """Takes samples for about this long (at least one); returns how many there are now.
@@ -200,65 +229,74 @@ class Timer:
         Ends early when this slice has its share of the fewest samples and all samples together are precise
         enough.
         """
-        begin = time.perf_counter()
-        before = self.telemetry.read() if self.telemetry else None
+        begin = self._clock()
         first = len(self.samples)
+        share = math.ceil(self.options.min_samples / self.options.rounds)
         while True:
+            before = len(self.samples)
             if self.device == "cuda":
-                self._burst(seconds - (time.perf_counter() - begin))
+                self._burst(seconds - (self._clock() - begin))
             else:
-                t = time.perf_counter()
+                started = self._clock()
                 self._call()
-                self.samples.append(1e3 * (time.perf_counter() - t))
-            elapsed = time.perf_counter() - begin
-            fair_share = len(self.samples) - first >= math.ceil(
-                self.options.min_samples / self.options.rounds
-            )
+                self.samples.append(1e3 * (self._clock() - started))
+                self._look()
+            latest = len(self.telemetry.readings) - 1 if self.telemetry else -1
+            self._reading += [latest] * (len(self.samples) - before)
+            elapsed = self._clock() - begin
+            fair = len(self.samples) - first >= share
             if elapsed >= seconds or (
-                fair_share and stop_reason(self.samples, self.seconds + elapsed, self.options)
+                fair and stop_reason(self.samples, self.seconds + elapsed, self.options)
             ):
                 break
-        after = self.telemetry.read() if self.telemetry else None
         self.slice_samples.append(len(self.samples) - first)
-        self.bad += [throttled(before) or throttled(after)] * (len(self.samples) - first)
-        self.seconds += time.perf_counter() - begin
+        self.seconds += self._clock() - begin
         return len(self.samples)
 
+    def _look(self) -> None:
+        """Reads the chip, if the last reading is old."""
+        if self.telemetry and self._clock() - self._read_at >= TELEMETRY_EVERY_S:
+            self.telemetry.read()
+            self._read_at = self._clock()
+
     def _burst(self, seconds: float) -> None:
-        """Queues some calls between events, as many as should fit the time left, then synchronises once."""
+        """Queues as many calls between events as should fit the time left, then synchronises once."""
         typical = self.samples[-1] * self.calls if self.samples else None
         count = 1 if typical is None else int(1e3 * seconds / max(typical, 1e-3))
         # No slice takes more than its share of the most samples, or the first would leave none to the others.
         share = math.ceil(self.options.max_samples / self.options.rounds)
         count = max(1, min(count, MAX_QUEUED, share))
-        events = [
-            (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)
-        ]
+        events = _events(count)
         for begin, end in events:
             begin.record()
-            t = time.perf_counter()
+            started = time.perf_counter()
             self._call()
-            self.host.append(1e3 * (time.perf_counter() - t))
+            self.host.append(1e3 * (time.perf_counter() - started))
             end.record()
+        # Now, while the GPU is at work: an idle chip shows an idle clock.
+        self._look()
         torch.cuda.synchronize()
         self.samples += [begin.elapsed_time(end) / self.calls for begin, end in events]
 
     def done(self) -> str | None:
-        """Why sampling may stop, or None; never before every round has had its slice, so that drift shows in
-        the interval."""
+        """Why sampling may stop, or None.
+
+        Never before every round has had its slice, so that drift between slices shows in the interval.
+        """
         if len(self.slice_samples) < self.options.rounds:
             return None
         return stop_reason(self.samples, self.seconds, self.options)
 
-    def _gpu_ms(self, latency: float) -> float:
-        """Median GPU time of a call with its launch hidden behind a blocking kernel."""
-        if latency > 5.0:
+    def gpu_ms(self, latency: float) -> float:
+        """Median GPU time (ms) of a call with its launch hidden behind a blocking kernel.
+
+        Args:
+            latency: ms of a call with its launch; long calls hide their own launch and this is returned.
+        """
+        if latency > LONG_CALL_MS:
             return latency
-        calls = 20
-        queue_ms = 1.5 * calls * float(np.median(self.host)) + 0.5
-        events = [
-            (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(calls)
-        ]
+        queue_ms = 1.5 * HIDDEN_CALLS * float(np.median(self.host)) + 0.5
+        events = _events(HIDDEN_CALLS)
         torch.cuda._sleep(int(queue_ms * 2e6))  # cycles, at about 2 GHz
         for begin, end in events:
             begin.record()
@@ -272,52 +310,65 @@ class Timer:
 
         Args:
             seed: of the bootstrap.
+
+        Raises:
+            ValueError: nothing was sampled.
         """
-        clean = [s for s, bad in zip(self.samples, self.bad, strict=True) if not bad]
-        dropped = len(self.samples) - len(clean)
-        kept_throttled = dropped > 0 and len(clean) < self.options.min_samples
-        samples = self.samples if kept_throttled else clean
+        if not self.samples:
+            raise ValueError("no samples: sample() before result()")
+        readings = self.telemetry.readings if self.telemetry else []
+        fastest = max((r["sm_mhz"] for r in readings), default=0.0)
+        bad = [i >= 0 and throttled(readings[i], fastest) for i in self._reading]
+        dropped = sum(bad)
+        emptied = dropped > 0 and len(bad) - dropped < self.options.min_samples
+        keep = [emptied or not b for b in bad]
+        samples = [s for s, k in zip(self.samples, keep, strict=True) if k]
+        ends = np.cumsum([0, *self.slice_samples])
+        slices = [sum(keep[a:b]) for a, b in zip(ends, ends[1:], strict=False)]
         latency = float(np.median(samples))
-        slices = self.slice_samples if len(samples) == len(self.samples) else None
         interval = percentile_interval(resampled_medians(samples, seed, slices), latency)
-        eager = self.launch == "eager" and self.device == "cuda"
+        on_gpu = self.device == "cuda"
+        eager = self.launch == "eager" and on_gpu
+        resolution = EVENT_RESOLUTION_MS / self.calls if on_gpu else 0.0
         return {
             "latency_ms": latency,
-            "latency_ci_ms": (interval.low, interval.high),
-            "gpu_ms": self._gpu_ms(latency) if eager else None,
+            "latency_ci_ms": (
+                min(interval.low, latency - resolution),
+                max(interval.high, latency + resolution),
+            ),
+            "gpu_ms": self.gpu_ms(latency) if eager else None,
             "host_ms": float(np.median(self.host)) if eager else None,
             "samples": [float(f"{s:.6g}") for s in samples],
             "timing": {
                 "timer": TIMER_VERSION,
                 "stopped": self.done() or "slices",
+                "half_width": _finite(median_half_width(samples)),
+                "seconds": round(self.seconds, 4),
                 "slice_samples": slices,
                 "copies": len(self.operators),
                 "calls_a_sample": self.calls,
-                "throttled_dropped": 0 if kept_throttled else dropped,
-                "throttled_kept": dropped if kept_throttled else 0,
+                "throttled_dropped": 0 if emptied else dropped,
+                "throttled_kept": dropped if emptied else 0,
             },
             "telemetry": self.telemetry.summary() if self.telemetry else {},
         }
 
 
 def time_stages(operator: Operator, device: str, seconds: float = 0.05) -> dict[str, float]:
-    """Median ms of each stage alone, its inputs prepared and warm; nothing for an operator that is a single
-    stage."""
+    """Median ms of each stage alone, its inputs prepared and warm, on a GPU with its launch hidden.
+
+    Nothing for an operator that is a single stage: its time is the latency.
+    """
     out: dict[str, float] = {}
     if len(operator.stages) < 2:
         return out
+    options = TimingOptions(warmup_seconds=seconds / 5, min_samples=5, max_samples=200, max_seconds=seconds)
     for name, stage in operator.stages.items():
-        options = TimingOptions(
-            warmup_seconds=seconds / 5, min_samples=5, max_samples=200, max_seconds=seconds
-        )
         timer = Timer([replace(operator, run=stage)], options, "eager", device)
         timer.warm_up()
         timer.sample(seconds)
-        out[name] = (
-            timer._gpu_ms(float(np.median(timer.samples)))
-            if device == "cuda"
-            else float(np.median(timer.samples))
-        )
+        latency = float(np.median(timer.samples))
+        out[name] = timer.gpu_ms(latency) if device == "cuda" else latency
     return out
 
 
@@ -331,3 +382,13 @@ def peak_bytes(run: Callable[[], object], device: str) -> int | None:
     run()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
+
+
+def _events(count: int) -> list[tuple[torch.cuda.Event, torch.cuda.Event]]:
+    return [
+        (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)
+    ]
+
+
+def _finite(value: float) -> float | None:
+    return round(value, 6) if math.isfinite(value) else None
