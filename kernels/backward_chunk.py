@@ -1,13 +1,13 @@
 """Chunk-outer half of the backward: gradients of k, v, the chunk summaries and the summary query.
 
-A program owns one chunk of one KV head, holds its keys and values, and walks the tiles of queries that read it (T queries x G heads are
-the rows of each matrix product, so the sum over the group comes for free): dv = sum P^T dO, dk = scale * sum dS^T q. Nothing is added
-atomically and the lists are in ascending order, so the result is deterministic. The summary's backward ends the same program, because
-its inputs are then on chip: with a = softmax(scale * k q_bar) and the summary's gradient r = d k_bar, u_t = <k_t, r>,
-t_t = a_t (u_t - sum a u), the keys get a_t r + scale * t_t q_bar and the summary query gets scale * sum_t t_t k_t.
+A program owns one chunk of one KV head, holds its keys and values, and walks the tiles of queries that read
+it (T queries x G heads are the rows of each matrix product, so the sum over the group comes for free): dv =
+sum P^T dO, dk = scale * sum dS^T q. Nothing is added atomically and the lists are in ascending order, so
+the result is deterministic. The summary's backward ends the same program, because its inputs are then on
+chip: with a = softmax(scale * k q_bar) and the summary's gradient r = d k_bar, u_t = <k_t, r>, t_t = a_t
+(u_t - sum a u), the keys get a_t r + scale * t_t q_bar and the summary query gets scale * sum_t t_t k_t.
 """
 
-import torch
 import triton
 import triton.language as tl
 
@@ -15,6 +15,12 @@ from dashbench.kernels.backward_lists import chunk_list_start
 from dashbench.kernels.backward_query import entmax_terms
 
 _LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _head(pointer, strides, batch, head):
+    """First row of one head of a `[B, H, N, D]` tensor."""
+    return pointer + batch * strides[0] + head * strides[1]
 
 
 @triton.jit
@@ -37,9 +43,11 @@ def _finish_chunk(
 
 @triton.jit
 def _attend_tile(
-    grad_k_rows, grad_v_rows, grad_k_bar, keys, values, k_bar, q_base, grad_base, offset_q, offset_grad, inside, seen,
+    grad_k_rows, grad_v_rows, grad_k_bar, keys, values, k_bar, q_base, grad_base, offset_q, offset_grad,
+    inside, seen,
     biased, statistics, scale_log2, route_scale, logit_scale, inverse_sigma, epsilon, power_p, power_s,
-    HEAD_DIM: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, TILE: tl.constexpr, ROUTED: tl.constexpr,
+    HEAD_DIM: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, TILE: tl.constexpr,
+    ROUTED: tl.constexpr,
     BIAS: tl.constexpr, APPLY_BIAS: tl.constexpr, SUMMARY: tl.constexpr, ALPHA_1_5: tl.constexpr,
 ):  # fmt: skip
     """Add one tile's contribution to dk, dv and, with SUMMARY, to the gradient of this chunk's summary."""
@@ -83,14 +91,17 @@ def _attend_tile(
 def _chunk_kernel(
     q, k, v, grad_out, statistics, summary, summary_query, entries, counts, order,
     grad_k, grad_v, grad_summary, grad_summary_query,
-    q_strides, k_strides, v_strides, grad_out_strides, grad_k_strides, grad_v_strides, summary_strides, query_strides,
+    q_strides, k_strides, v_strides, grad_out_strides, grad_k_strides, grad_v_strides, summary_strides,
+    query_strides,
     tokens, chunks, tiles, capacity, batch_heads, kv_heads, splits, forced,
     scale, route_scale, logit_scale, inverse_sigma, epsilon, power_p, power_s,
     HEAD_DIM: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
-    BIAS: tl.constexpr, APPLY_BIAS: tl.constexpr, SUMMARY: tl.constexpr, ALPHA_1_5: tl.constexpr, FINISH: tl.constexpr,
+    BIAS: tl.constexpr, APPLY_BIAS: tl.constexpr, SUMMARY: tl.constexpr, ALPHA_1_5: tl.constexpr,
+    FINISH: tl.constexpr,
 ):  # fmt: skip
-    """One program a chunk and split of its list, longest lists first. Without FINISH it stores float32 partial sums
-    `[splits, B * Hkv, M * C, D]` (summaries `[splits, B * Hkv, M, D]`) for `_combine_kernel`."""
+    """One program a chunk and split of its list, longest lists first. Without FINISH it stores float32
+    partial sums `[splits, B * Hkv, M * C, D]` (summaries `[splits, B * Hkv, M, D]`) for
+    `_combine_kernel`."""
     ROWS: tl.constexpr = TILE * HEADS
     TILES_PER_CHUNK: tl.constexpr = CHUNK // TILE
     split = tl.program_id(0) % splits
@@ -106,22 +117,25 @@ def _chunk_kernel(
     token = position.to(tl.int64)
     present = position < tokens
     keys = tl.load(
-        k + batch * k_strides[0] + kv_head * k_strides[1] + token[:, None] * k_strides[2] + dim[None, :],
-        mask=present[:, None], other=0.0,
-    )  # fmt: skip
+        _head(k, k_strides, batch, kv_head) + token[:, None] * k_strides[2] + dim[None, :],
+        mask=present[:, None],
+        other=0.0,
+    )
     values = tl.load(
-        v + batch * v_strides[0] + kv_head * v_strides[1] + token[:, None] * v_strides[2] + dim[None, :],
-        mask=present[:, None], other=0.0,
-    )  # fmt: skip
+        _head(v, v_strides, batch, kv_head) + token[:, None] * v_strides[2] + dim[None, :],
+        mask=present[:, None],
+        other=0.0,
+    )
     k_bar = tl.zeros([HEAD_DIM], tl.float32)
     if APPLY_BIAS or SUMMARY:
         # The last chunk has no summary and no list.
         k_bar = tl.load(
-            summary + batch * summary_strides[0] + kv_head * summary_strides[1] + chunk * summary_strides[2] + dim,
-            mask=(dim < HEAD_DIM) & (chunk + 1 < chunks), other=0.0,
-        ).to(tl.float32)  # fmt: skip
-    q_base = q + batch * q_strides[0] + kv_head * GROUP * q_strides[1]
-    grad_base = grad_out + batch * grad_out_strides[0] + kv_head * GROUP * grad_out_strides[1]
+            _head(summary, summary_strides, batch, kv_head) + chunk * summary_strides[2] + dim,
+            mask=(dim < HEAD_DIM) & (chunk + 1 < chunks),
+            other=0.0,
+        ).to(tl.float32)
+    q_base = _head(q, q_strides, batch, kv_head * GROUP)
+    grad_base = _head(grad_out, grad_out_strides, batch, kv_head * GROUP)
     row_q = head.to(tl.int64) * q_strides[1] + query * q_strides[2]
     row_grad = head.to(tl.int64) * grad_out_strides[1] + query * grad_out_strides[2]
     head_statistics = statistics + batch_head * tiles * (ROWS * 6)
@@ -141,8 +155,8 @@ def _chunk_kernel(
         grad_k_rows, grad_v_rows, grad_k_bar = _attend_tile(
             grad_k_rows, grad_v_rows, grad_k_bar, keys, values, k_bar, q_base + tile * TILE * q_strides[2],
             grad_base + tile * TILE * grad_out_strides[2], row_q, row_grad, inside, member[None, :], biased,
-            head_statistics + tile * (ROWS * 6), scale * _LOG2E, route_scale, logit_scale, inverse_sigma, epsilon,
-            power_p, power_s, HEAD_DIM, GROUP, HEADS, TILE, True, BIAS, APPLY_BIAS, SUMMARY, ALPHA_1_5,
+            head_statistics + tile * (ROWS * 6), scale * _LOG2E, route_scale, logit_scale, inverse_sigma,
+            epsilon, power_p, power_s, HEAD_DIM, GROUP, HEADS, TILE, True, BIAS, APPLY_BIAS, SUMMARY, ALPHA_1_5,
         )  # fmt: skip
     if split == 0:
         for index in range(TILES_PER_CHUNK):
@@ -150,11 +164,14 @@ def _chunk_kernel(
             query_position = tile * TILE + query
             if tile < tiles:
                 grad_k_rows, grad_v_rows, grad_k_bar = _attend_tile(
-                    grad_k_rows, grad_v_rows, grad_k_bar, keys, values, k_bar, q_base + tile * TILE * q_strides[2],
+                    grad_k_rows, grad_v_rows, grad_k_bar, keys, values, k_bar,
+                    q_base + tile * TILE * q_strides[2],
                     grad_base + tile * TILE * grad_out_strides[2], row_q, row_grad,
-                    (query_position < tokens) & (head < GROUP), position[:, None] <= query_position[None, :], False,
-                    head_statistics + tile * (ROWS * 6), scale * _LOG2E, route_scale, logit_scale, inverse_sigma,
-                    epsilon, power_p, power_s, HEAD_DIM, GROUP, HEADS, TILE, False, BIAS, APPLY_BIAS, SUMMARY, ALPHA_1_5,
+                    (query_position < tokens) & (head < GROUP),
+                    position[:, None] <= query_position[None, :], False,
+                    head_statistics + tile * (ROWS * 6), scale * _LOG2E, route_scale, logit_scale,
+                    inverse_sigma, epsilon, power_p, power_s, HEAD_DIM, GROUP, HEADS, TILE, False, BIAS,
+                    APPLY_BIAS, SUMMARY, ALPHA_1_5,
                 )  # fmt: skip
     grad_k_rows *= scale
 
@@ -164,17 +181,19 @@ def _chunk_kernel(
                 grad_k_bar = tl.load(grad_summary + owned * HEAD_DIM + dim)
             grad_k_rows = _finish_chunk(
                 grad_k_rows, keys, present, grad_k_bar,
-                summary_query + batch * query_strides[0] + kv_head * query_strides[1] + chunk * query_strides[2],
+                _head(summary_query, query_strides, batch, kv_head) + chunk * query_strides[2],
                 grad_summary_query + owned * HEAD_DIM, scale, HEAD_DIM,
             )  # fmt: skip
         tl.store(
-            grad_k + batch * grad_k_strides[0] + kv_head * grad_k_strides[1] + token[:, None] * grad_k_strides[2]
-            + dim[None, :], grad_k_rows.to(grad_k.dtype.element_ty), mask=present[:, None],
-        )  # fmt: skip
+            _head(grad_k, grad_k_strides, batch, kv_head) + token[:, None] * grad_k_strides[2] + dim[None, :],
+            grad_k_rows.to(grad_k.dtype.element_ty),
+            mask=present[:, None],
+        )
         tl.store(
-            grad_v + batch * grad_v_strides[0] + kv_head * grad_v_strides[1] + token[:, None] * grad_v_strides[2]
-            + dim[None, :], grad_v_rows.to(grad_v.dtype.element_ty), mask=present[:, None],
-        )  # fmt: skip
+            _head(grad_v, grad_v_strides, batch, kv_head) + token[:, None] * grad_v_strides[2] + dim[None, :],
+            grad_v_rows.to(grad_v.dtype.element_ty),
+            mask=present[:, None],
+        )
     else:
         part = (split.to(tl.int64) * batch_heads * chunks + owned) * HEAD_DIM
         tl.store(grad_k + part * CHUNK + tl.arange(0, CHUNK)[:, None] * HEAD_DIM + dim[None, :], grad_k_rows)
@@ -210,19 +229,22 @@ def _combine_kernel(
         for split in range(summary_parts):
             grad_k_bar += tl.load(grad_summary + (split * total + owned) * HEAD_DIM + dim)
         keys = tl.load(
-            k + batch * k_strides[0] + kv_head * k_strides[1] + token[:, None] * k_strides[2] + dim[None, :],
-            mask=present[:, None], other=0.0,
-        )  # fmt: skip
+            _head(k, k_strides, batch, kv_head) + token[:, None] * k_strides[2] + dim[None, :],
+            mask=present[:, None],
+            other=0.0,
+        )
         grad_k_rows = _finish_chunk(
             grad_k_rows, keys, present, grad_k_bar,
-            summary_query + batch * query_strides[0] + kv_head * query_strides[1] + chunk * query_strides[2],
+            _head(summary_query, query_strides, batch, kv_head) + chunk * query_strides[2],
             grad_summary_query + owned * HEAD_DIM, scale, HEAD_DIM,
         )  # fmt: skip
     tl.store(
-        grad_k + batch * grad_k_strides[0] + kv_head * grad_k_strides[1] + token[:, None] * grad_k_strides[2]
-        + dim[None, :], grad_k_rows.to(grad_k.dtype.element_ty), mask=present[:, None],
-    )  # fmt: skip
+        _head(grad_k, grad_k_strides, batch, kv_head) + token[:, None] * grad_k_strides[2] + dim[None, :],
+        grad_k_rows.to(grad_k.dtype.element_ty),
+        mask=present[:, None],
+    )
     tl.store(
-        grad_v + batch * grad_v_strides[0] + kv_head * grad_v_strides[1] + token[:, None] * grad_v_strides[2]
-        + dim[None, :], grad_v_rows.to(grad_v.dtype.element_ty), mask=present[:, None],
-    )  # fmt: skip
+        _head(grad_v, grad_v_strides, batch, kv_head) + token[:, None] * grad_v_strides[2] + dim[None, :],
+        grad_v_rows.to(grad_v.dtype.element_ty),
+        mask=present[:, None],
+    )

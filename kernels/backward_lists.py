@@ -1,9 +1,11 @@
 """Lists of the block-sparse backward, built on the device from the routing bit mask.
 
-The backward walks the routing twice: once by tiles of queries (which chunks does this tile read?) and once by chunks (which tiles read
-this chunk?). Both walks are compressed from the bit mask `[B, Hkv, N, ceil(M / 32)]` into storage whose offsets have a closed form: a tile
-in chunk c can list the c chunks before it, and a chunk c can be listed by the tiles behind it, so the capacity is the causal triangle and
-no offset, count or size ever travels to the host. Entries stand in ascending order, hence every sum that follows them is deterministic.
+The backward walks the routing twice: once by tiles of queries (which chunks does this tile read?) and once
+by chunks (which tiles read this chunk?). Both walks are compressed from the bit mask `[B, Hkv, N, ceil(M /
+32)]` into storage whose offsets have a closed form: a tile in chunk c can list the c chunks before it, and
+a chunk c can be listed by the tiles behind it, so the capacity is the causal triangle and no offset, count
+or size ever travels to the host. Entries stand in ascending order, hence every sum that follows them is
+deterministic.
 """
 
 import torch
@@ -27,7 +29,11 @@ def chunk_list_start(chunk, tiles, TILES_PER_CHUNK: tl.constexpr):
 
 def list_capacity(tokens: int, chunk_size: int, tile: int) -> int:
     """Entries that the lists of one (batch, KV head) can hold; the same number for both walks."""
-    tiles, chunks, tiles_per_chunk = triton.cdiv(tokens, tile), triton.cdiv(tokens, chunk_size), chunk_size // tile
+    tiles, chunks, tiles_per_chunk = (
+        triton.cdiv(tokens, tile),
+        triton.cdiv(tokens, chunk_size),
+        chunk_size // tile,
+    )
     last = chunks - 1
     return max(last * tiles - tiles_per_chunk * (last * (last + 1) // 2), 1)
 
@@ -67,7 +73,8 @@ def _chunk_lists_kernel(
     mask, entries, counts, tokens, words, tiles, chunks, capacity,
     TILE: tl.constexpr, TILES_PER_CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program a mask word (32 chunks): a scan over the tiles behind them, as `tile << TILE | query_bits`."""
+    """One program a mask word (32 chunks): a scan over the tiles behind them, as `tile << TILE |
+    query_bits`."""
     word = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     chunk = word * 32 + tl.arange(0, 32)
@@ -92,8 +99,9 @@ def _chunk_lists_kernel(
 def tile_lists(mask: torch.Tensor, chunk_size: int, tile: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Chunks that each tile of `tile` consecutive queries reads before its own chunk.
 
-    mask: `[B, Hkv, N, W]` int32, contiguous; bit c % 32 of word c // 32 says that the query attends chunk c. Bits at or behind the
-    query's own chunk are ignored. Returns entries `[B, Hkv, capacity]` int32 (`chunk | query_bits << 16`) and counts `[B, Hkv, tiles]`.
+    mask: `[B, Hkv, N, W]` int32, contiguous; bit c % 32 of word c // 32 says that the query attends chunk
+    c. Bits at or behind the query's own chunk are ignored. Returns entries `[B, Hkv, capacity]` int32
+    (`chunk | query_bits << 16`) and counts `[B, Hkv, tiles]`.
     """
     batch, heads, tokens, words = mask.shape
     tiles, capacity = triton.cdiv(tokens, tile), list_capacity(tokens, chunk_size, tile)
@@ -109,8 +117,9 @@ def tile_lists(mask: torch.Tensor, chunk_size: int, tile: int) -> tuple[torch.Te
 def chunk_lists(mask: torch.Tensor, chunk_size: int, tile: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Tiles of queries that read each chunk, from behind it: the transposed lists.
 
-    mask as for `tile_lists`. Returns entries `[B, Hkv, capacity]` int32 (`tile << tile_size | query_bits`, ascending) and counts
-    `[B, Hkv, M]` int32. Raises ValueError where tile number and query bits do not fit 31 bits.
+    mask as for `tile_lists`. Returns entries `[B, Hkv, capacity]` int32 (`tile << tile_size | query_bits`,
+    ascending) and counts `[B, Hkv, M]` int32. Raises ValueError where tile number and query bits do not fit
+    31 bits.
     """
     batch, heads, tokens, words = mask.shape
     tiles, chunks = triton.cdiv(tokens, tile), triton.cdiv(tokens, chunk_size)

@@ -1,19 +1,20 @@
 """Query-outer half of the backward: gradient of q, of the chunk bias, and through the entmax routing.
 
-One pass over the lists of each tile (T consecutive queries x the G heads of one KV head) does everything that is a reduction over keys.
-With P = exp(s - lse), D = <dO, o> and dS = P (dO v - D) it accumulates dq = scale * sum dS k, and e_c = sum over the group's heads and the
-chunk's tokens of dS: the gradient of the chunk's bias. The gradient of log w_c is then g_c = (e_c - mean_R e) / sigma (`centered`;
-without the mean if it was detached), e_c (`raw`). The head mean w_c = (1/G) sum_h p_hc passes dp_hc = g_c / (G w_c) to every head, and
-the entmax Jacobian diag(s) - s s^T / sum(s), s = p^(2 - alpha) (Peters et al. 2019), gives dz_hc = s_hc (dp_hc - kappa_h) with
-kappa_h = sum_c s dp / sum_c s. Since kappa needs e of the whole row, e waits in a scratch row per *running program* (a few MB, in L2)
-and not in memory per list entry; a second, 64 times cheaper walk over the list then recomputes the routing scores from tau.
+One pass over the lists of each tile (T consecutive queries x the G heads of one KV head) does everything
+that is a reduction over keys. With P = exp(s - lse), D = <dO, o> and dS = P (dO v - D) it accumulates dq =
+scale * sum dS k, and e_c = sum over the group's heads and the chunk's tokens of dS: the gradient of the
+chunk's bias. The gradient of log w_c is then g_c = (e_c - mean_R e) / sigma (`centered`; without the mean
+if it was detached), e_c (`raw`). The head mean w_c = (1/G) sum_h p_hc passes dp_hc = g_c / (G w_c) to every
+head, and the entmax Jacobian diag(s) - s s^T / sum(s), s = p^(2 - alpha) (Peters et al. 2019), gives dz_hc
+= s_hc (dp_hc - kappa_h) with kappa_h = sum_c s dp / sum_c s. Since kappa needs e of the whole row, e waits
+in a scratch row per *running program* (a few MB, in L2) and not in memory per list entry; a second, 64
+times cheaper walk over the list then recomputes the routing scores from tau.
 """
 
-import torch
 import triton
 import triton.language as tl
 
-from dashbench.kernels.backward_lists import list_capacity, tile_list_start
+from dashbench.kernels.backward_lists import tile_list_start
 
 BIAS_MODES = {"none": 0, "raw": 1, "centered": 2}
 STATISTICS = 6  # rows of the tile-ordered statistics: lse (base 2), D, tau, kappa, mean of log w, mean of e
@@ -22,10 +23,11 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def entmax_terms(excess, ALPHA_1_5: tl.constexpr, power_p, power_s):
-    """Probability p and s = p^(2 - alpha) from the excess over the threshold, max(x - tau, 0), x = (alpha - 1) z.
+    """Probability p and s = p^(2 - alpha) from the excess over the threshold, max(x - tau, 0), x = (alpha -
+    1) z.
 
-    p = excess^(1 / (alpha - 1)) and s = excess^((2 - alpha) / (alpha - 1)); the powers are runtime values so that annealing alpha does
-    not recompile.
+    p = excess^(1 / (alpha - 1)) and s = excess^((2 - alpha) / (alpha - 1)); the powers are runtime values
+    so that annealing alpha does not recompile.
     """
     if ALPHA_1_5:
         p = excess * excess
@@ -62,7 +64,8 @@ def _routing_block(
     q_rows, tau, tile_entries, block, count, summary, summary_stride, route_scale, power_p, power_s, query,
     ALPHA_1_5: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Routing of BLOCK list entries, recomputed from tau: chunk numbers, summaries, p and s `[rows, BLOCK]`."""
+    """Routing of BLOCK list entries, recomputed from tau: chunk numbers, summaries, p and s `[rows,
+    BLOCK]`."""
     slot = block + tl.arange(0, BLOCK)
     entry = tl.load(tile_entries + slot, mask=slot < count, other=0)
     chunk = entry & 0xFFFF
@@ -79,11 +82,14 @@ def _grad_probability(
     p, scratch, block, count, biased, mean, epsilon,
     GROUP: tl.constexpr, TILE: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of each head's p through log w of the head mean w, from the bias gradient in the scratch: `[rows, BLOCK]`."""
+    """Gradient of each head's p through log w of the head mean w, from the bias gradient in the scratch:
+    `[rows, BLOCK]`."""
     slot = block + tl.arange(0, BLOCK)
     query = tl.arange(0, TILE)
     grad_bias = tl.load(
-        scratch + slot[None, :] * TILE + query[:, None], mask=(slot < count)[None, :] & (query < TILE)[:, None], other=0.0
+        scratch + slot[None, :] * TILE + query[:, None],
+        mask=(slot < count)[None, :] & (query < TILE)[:, None],
+        other=0.0,
     )
     w = _over_heads(p, TILE, HEADS, BLOCK) / GROUP
     routed = (w > epsilon) & biased[None, :]
@@ -93,7 +99,8 @@ def _grad_probability(
 
 @triton.jit(do_not_specialize=["tokens", "chunks", "tiles", "capacity", "total", "batch_heads", "forced"])
 def _query_kernel(
-    q, k, v, out, grad_out, lse, tau, summary, entries, counts, counter, scratch, grad_q, grad_summary, statistics,
+    q, k, v, out, grad_out, lse, tau, summary, entries, counts, counter, scratch, grad_q, grad_summary,
+    statistics,
     q_strides, k_strides, v_strides, out_strides, grad_out_strides, grad_q_strides, summary_strides,
     tokens, chunks, tiles, capacity, total, batch_heads, kv_heads, forced,
     scale, route_scale, logit_scale, inverse_sigma, epsilon, power_p, power_s,
@@ -151,8 +158,9 @@ def _query_kernel(
             log_sum = tl.zeros([TILE], tl.float32)
             members = tl.zeros([TILE], tl.float32)
             for block in range(0, count, BLOCK):
-                chunk, _, p, _ = _routing_block(
-                    q_rows, tau_rows, tile_entries, block, count, summary_base, summary_strides[2], logit_scale,
+                chunk, k_bar, p, s = _routing_block(
+                    q_rows, tau_rows, tile_entries, block, count, summary_base, summary_strides[2],
+                    logit_scale,
                     power_p, power_s, query, ALPHA_1_5, HEAD_DIM, BLOCK,
                 )  # fmt: skip
                 w = _over_heads(p, TILE, HEADS, BLOCK) / GROUP
@@ -175,12 +183,16 @@ def _query_kernel(
         key_position = own * CHUNK + token
         present = key_position < tokens
         keys = tl.load(
-            keys_base + key_position[:, None].to(tl.int64) * k_strides[2] + dim[None, :], mask=present[:, None], other=0.0
+            keys_base + key_position[:, None].to(tl.int64) * k_strides[2] + dim[None, :],
+            mask=present[:, None],
+            other=0.0,
         )
         values = tl.load(
-            values_base + key_position[:, None].to(tl.int64) * v_strides[2] + dim[None, :], mask=present[:, None], other=0.0
+            values_base + key_position[:, None].to(tl.int64) * v_strides[2] + dim[None, :],
+            mask=present[:, None],
+            other=0.0,
         )
-        accumulator, _ = _attend_chunk(
+        accumulator, per_row = _attend_chunk(
             accumulator, q_rows, grad_rows, keys, values, key_position[None, :] <= position[:, None], no_bias,
             lse_rows, delta, scale * _LOG2E,
         )  # fmt: skip
@@ -202,7 +214,16 @@ def _query_kernel(
                     log_w = (log_w - log_mean_rows) * inverse_sigma
                 bias = tl.where(routed, log_w * _LOG2E, 0.0)
             accumulator, per_row = _attend_chunk(
-                accumulator, q_rows, grad_rows, keys, values, member[:, None], bias, lse_rows, delta, scale * _LOG2E
+                accumulator,
+                q_rows,
+                grad_rows,
+                keys,
+                values,
+                member[:, None],
+                bias,
+                lse_rows,
+                delta,
+                scale * _LOG2E,
             )
             if BIAS != 0:
                 grad_bias = tl.sum(tl.reshape(per_row, [TILE, HEADS]), 1)
@@ -221,12 +242,23 @@ def _query_kernel(
             s_sum = tl.zeros([ROWS], tl.float32)
             s_dp_sum = tl.zeros([ROWS], tl.float32)
             for block in range(0, count, BLOCK):
-                chunk, _, p, s = _routing_block(
-                    q_rows, tau_rows, tile_entries, block, count, summary_base, summary_strides[2], logit_scale,
+                chunk, k_bar, p, s = _routing_block(
+                    q_rows, tau_rows, tile_entries, block, count, summary_base, summary_strides[2],
+                    logit_scale,
                     power_p, power_s, query, ALPHA_1_5, HEAD_DIM, BLOCK,
                 )  # fmt: skip
                 dp = _grad_probability(
-                    p, program_scratch, block, count, chunk < own - forced, mean, epsilon, GROUP, TILE, HEADS, BLOCK
+                    p,
+                    program_scratch,
+                    block,
+                    count,
+                    chunk < own - forced,
+                    mean,
+                    epsilon,
+                    GROUP,
+                    TILE,
+                    HEADS,
+                    BLOCK,
                 )
                 s_sum += tl.sum(s, 1)
                 s_dp_sum += tl.sum(s * dp, 1)
@@ -235,11 +267,22 @@ def _query_kernel(
             for block in range(0, count, BLOCK):
                 slot = block + tl.arange(0, BLOCK)
                 chunk, k_bar, p, s = _routing_block(
-                    q_rows, tau_rows, tile_entries, block, count, summary_base, summary_strides[2], logit_scale,
+                    q_rows, tau_rows, tile_entries, block, count, summary_base, summary_strides[2],
+                    logit_scale,
                     power_p, power_s, query, ALPHA_1_5, HEAD_DIM, BLOCK,
                 )  # fmt: skip
                 dp = _grad_probability(
-                    p, program_scratch, block, count, chunk < own - forced, mean, epsilon, GROUP, TILE, HEADS, BLOCK
+                    p,
+                    program_scratch,
+                    block,
+                    count,
+                    chunk < own - forced,
+                    mean,
+                    epsilon,
+                    GROUP,
+                    TILE,
+                    HEADS,
+                    BLOCK,
                 )
                 grad_z = s * (dp - kappa[:, None]) * (inverse_sigma * route_scale)
                 grad_z = grad_z.to(ROUTE_DTYPE)
@@ -253,7 +296,9 @@ def _query_kernel(
 
         offset = batch * grad_q_strides[0] + row_head * grad_q_strides[1] + position * grad_q_strides[2]
         tl.store(
-            grad_q + offset[:, None] + dim[None, :], accumulator.to(grad_q.dtype.element_ty), mask=inside[:, None]
+            grad_q + offset[:, None] + dim[None, :],
+            accumulator.to(grad_q.dtype.element_ty),
+            mask=inside[:, None],
         )
         work = tl.atomic_add(counter, 1)
 

@@ -1,4 +1,5 @@
-"""Triton 3.6's interpreter turns loop bounds into integers by `int(array)`, which numpy 2.4 refuses for one-element arrays."""
+"""Triton 3.6's interpreter turns loop bounds into integers by `int(array)`, which numpy 2.4 refuses for
+one-element arrays."""
 
 
 def allow_loop_bounds() -> None:

@@ -12,7 +12,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def entmax(z, alpha):
-    """Entmax of the last dimension by bisection; the gradient flows through one exact Newton step at the root."""
+    """Entmax of the last dimension by bisection; the gradient flows through one exact Newton step at the
+    root."""
     x = (alpha - 1) * z
     low, high = x.max(-1, keepdim=True).values - 1, x.max(-1, keepdim=True).values
     for _ in range(80):
@@ -86,7 +87,9 @@ def attend(q, k, v, routed, bias, chunk):
 
 def pack(routed):
     words = math.ceil(routed.shape[-1] / 32)
-    bits = torch.nn.functional.pad(routed, (0, words * 32 - routed.shape[-1])).long().unflatten(-1, (words, 32))
+    bits = (
+        torch.nn.functional.pad(routed, (0, words * 32 - routed.shape[-1])).long().unflatten(-1, (words, 32))
+    )
     packed = (bits << torch.arange(32, device=routed.device)).sum(-1)
     return torch.where(packed >= 1 << 31, packed - (1 << 32), packed).int()
 
@@ -104,7 +107,8 @@ def poisoned(monkeypatch):
 
 
 def make(n, group, kv_heads=2, d=64, batch=1, dtype=torch.float32, seed=0, per_chunk=0, token_major=False):
-    """q, k, v, summary query and the output's gradient; values are rounded to `dtype` before anything reads them."""
+    """q, k, v, summary query and the output's gradient; values are rounded to `dtype` before anything reads
+    them."""
     g = torch.Generator().manual_seed(seed)
 
     def draw(heads):
@@ -122,7 +126,8 @@ def relative(ours, exact):
 
 
 def gradients(
-    n, group, mode="centered", sigma=1.0, alpha=1.5, gamma=6.0, detach=False, chunk=16, launch=None, deterministic=False, **shape
+    n, group, mode="centered", sigma=1.0, alpha=1.5, gamma=6.0, detach=False, chunk=16, launch=None,
+    deterministic=False, **shape,
 ):  # fmt: skip
     """Ours and the exact gradients of q, k, v and the summary query, and the routing that both used."""
     q, k, v, q_bar, grad = make(n, group, **shape)
@@ -133,7 +138,17 @@ def gradients(
         k_bar.detach().to(q.dtype), q_bar, tau.detach().float(), mode, gamma, sigma, alpha, detach
     )
     ours = attention_gradients(
-        grad, q, k, v, out.detach().to(q.dtype), lse.detach().float(), pack(routed), chunk, routing, deterministic, launch
+        grad,
+        q,
+        k,
+        v,
+        out.detach().to(q.dtype),
+        lse.detach().float(),
+        pack(routed),
+        chunk,
+        routing,
+        deterministic,
+        launch,
     )
     return ours, [torch.zeros_like(x) if x.grad is None else x.grad for x in exact], routed
 
@@ -247,7 +262,9 @@ def test_lists_enumerate_the_mask():
 
 
 @pytest.mark.parametrize(
-    ("change", "message"), [(dict(d=32), "head dim 32"), (dict(chunk=24), "chunk size 24")], ids=["head dim", "chunk size"]
+    ("change", "message"),
+    [(dict(d=32), "head dim 32"), (dict(chunk=24), "chunk size 24")],
+    ids=["head dim", "chunk size"],
 )
 def test_refuses_what_it_does_not_cover(change, message):
     chunk = change.pop("chunk", 16)
