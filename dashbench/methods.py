@@ -1,7 +1,7 @@
 """The methods dashbench knows, as data: name, where its code is, its knob, what it can do.
 
-Import strings keep torch out of `dashbench list` and `--help`. Methods from outside the tree plug in through the entry point group
-`dashbench.methods`: each entry point names a `Method` object.
+Import strings keep torch out of `dashbench list` and `--help`. Methods from outside the tree plug in through
+the entry point group `dashbench.methods`: each entry point names a `Method` object.
 """
 
 from __future__ import annotations
@@ -26,9 +26,11 @@ class Method:
         phases: phases it supports.
         dtypes: dtypes it supports.
         knob: the parameter that sets sparsity, or None if the method is dense.
-        knob_kind: how a target sparsity becomes a knob: `arithmetic` (tokens kept are a known function of it) or `bisect`
+        knob_kind: how a target sparsity becomes a knob: `arithmetic` (tokens kept are a known function of
+            it) or `bisect`
             (sparsity is an outcome, monotone in the knob).
-        requires: distributions to import, `{module: pip requirement}`; missing ones make a skip with the command that enables it.
+        requires: distributions to import, `{module: pip requirement}`; missing ones make a skip with the
+            command that enables it.
         min_capability: smallest CUDA compute capability, e.g. (9, 0).
         defaults: knob values used when the suite gives none.
         tested: what it was tested with, or `untested`.
@@ -54,52 +56,86 @@ _ALL = ("float32", "bfloat16", "float16")
 
 BUILT_IN: tuple[Method, ...] = (
     Method(
-        "dense@flash", "dashbench.baselines.dense:prepare_flash",
+        "dense@flash",
+        "dashbench.baselines.dense:prepare_flash",
         "FlashAttention-2 inside PyTorch (SDPA, backend pinned)",
-        devices=("cpu", "cuda"), phases=("prefill", "decode", "train"), dtypes=_ALL, family="dense",
+        devices=("cpu", "cuda"),
+        phases=("prefill", "decode", "train"),
+        dtypes=_ALL,
+        family="dense",
     ),
     Method(
-        "dense@cudnn", "dashbench.baselines.dense:prepare_cudnn",
+        "dense@cudnn",
+        "dashbench.baselines.dense:prepare_cudnn",
         "cuDNN's fused attention (SDPA, backend pinned)",
-        phases=("prefill", "decode", "train"), family="dense",
+        phases=("prefill", "decode", "train"),
+        family="dense",
     ),
     Method(
-        "dense@efficient", "dashbench.baselines.dense:prepare_efficient",
+        "dense@efficient",
+        "dashbench.baselines.dense:prepare_efficient",
         "xFormers-style memory-efficient attention inside PyTorch (SDPA, backend pinned)",
-        phases=("prefill", "decode", "train"), dtypes=_ALL, family="dense",
+        phases=("prefill", "decode", "train"),
+        dtypes=_ALL,
+        family="dense",
     ),
     Method(
-        "dense@math", "dashbench.baselines.dense:prepare_math",
+        "dense@math",
+        "dashbench.baselines.dense:prepare_math",
         "unfused attention inside PyTorch (SDPA, backend pinned); materialises the scores",
-        devices=("cpu", "cuda"), phases=("prefill", "decode", "train"), dtypes=_ALL, family="dense",
+        devices=("cpu", "cuda"),
+        phases=("prefill", "decode", "train"),
+        dtypes=_ALL,
+        family="dense",
     ),
     Method(
-        "fa3", "dashbench.baselines.flash_attention3:prepare",
+        "fa3",
+        "dashbench.baselines.flash_attention3:prepare",
         "FlashAttention-3, forward only: prefill by flash_attn_func, decode by flash_attn_with_kvcache",
-        requires={"flash_attn_interface|fa3_fwd_interface": "fa3-fwd==0.0.3"}, min_capability=(9, 0), family="fa3",
+        requires={"flash_attn_interface|fa3_fwd_interface": "fa3-fwd==0.0.3"},
+        min_capability=(9, 0),
+        family="fa3",
     ),
     Method(
-        "fa3@fp8", "dashbench.baselines.flash_attention3:prepare_fp8",
+        "fa3@fp8",
+        "dashbench.baselines.flash_attention3:prepare_fp8",
         "FlashAttention-3 on e4m3 inputs quantised before the timed region, bf16 output, forward only",
-        requires={"flash_attn_interface|fa3_fwd_interface": "fa3-fwd==0.0.3"}, min_capability=(9, 0), family="fa3",
+        requires={"flash_attn_interface|fa3_fwd_interface": "fa3-fwd==0.0.3"},
+        min_capability=(9, 0),
+        family="fa3",
     ),
     Method(
-        "dash@reference", "dashbench.baselines.dash_reference:prepare",
+        "dash@reference",
+        "dashbench.baselines.dash_reference:prepare",
         "DashAttention in eager PyTorch: the specification, slow",
-        devices=("cpu", "cuda"), phases=("prefill", "decode", "train"), dtypes=_ALL,
-        knob="scaling_factor", knob_kind="bisect", family="dash",
+        devices=("cpu", "cuda"),
+        phases=("prefill", "decode", "train"),
+        dtypes=_ALL,
+        knob="scaling_factor",
+        knob_kind="bisect",
+        family="dash",
     ),
     Method(
-        "nsa@reference", "dashbench.baselines.nsa_reference:prepare",
+        "nsa@reference",
+        "dashbench.baselines.nsa_reference:prepare",
         "Native Sparse Attention in eager PyTorch: the specification, slow",
-        devices=("cpu", "cuda"), phases=("prefill", "decode", "train"), dtypes=_ALL,
-        knob="top_k", knob_kind="arithmetic", family="nsa",
+        devices=("cpu", "cuda"),
+        phases=("prefill", "decode", "train"),
+        dtypes=_ALL,
+        knob="top_k",
+        knob_kind="arithmetic",
+        family="nsa",
     ),
     Method(
-        "infllmv2@reference", "dashbench.baselines.infllmv2_reference:prepare",
+        "infllmv2@reference",
+        "dashbench.baselines.infllmv2_reference:prepare",
         "InfLLMv2 in eager PyTorch: the specification, slow",
-        devices=("cpu", "cuda"), phases=("prefill", "decode", "train"), dtypes=_ALL,
-        knob="top_k", knob_kind="arithmetic", family="infllmv2",
+        devices=("cpu", "cuda"),
+        phases=("prefill", "decode", "train"),
+        dtypes=_ALL,
+        knob="top_k",
+        knob_kind="arithmetic",
+        family="infllmv2",
     ),
     Method(
         "nsa@fla", "dashbench.baselines.fla_nsa:prepare",

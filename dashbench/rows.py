@@ -1,6 +1,7 @@
 """Points and rows: what is asked for, and what is stored once it has been measured.
 
-The field names are a contract (written down for users in results/README.md, versioned by `ROW_VERSION`). Nothing here needs torch.
+The field names are a contract (written down for users in results/README.md, versioned by `ROW_VERSION`).
+Nothing here needs torch.
 """
 
 from __future__ import annotations
@@ -41,16 +42,25 @@ class Point(BaseModel):
 
     method: str
     phase: Phase
-    context: int = Field(gt=0, description="tokens: sequence length in prefill and train, cache length with the new token in decode")
+    context: int = Field(
+        gt=0,
+        description="tokens: sequence length in prefill and train, cache length with the new token in decode",
+    )
     batch: int = Field(gt=0)
     shape: Shape
     dtype: Literal["bfloat16", "float16", "float32"]
     routing: str = Field(description="name of the input generator")
     routing_options: dict[str, Any] = Field(default_factory=dict)
-    cache: Literal["cold", "warm"] = Field(description="whether inputs can be in the L2 cache when the method starts")
-    launch: Literal["eager", "graph"] = Field(description="launched from Python each time, or replayed from a CUDA graph")
+    cache: Literal["cold", "warm"] = Field(
+        description="whether inputs can be in the L2 cache when the method starts"
+    )
+    launch: Literal["eager", "graph"] = Field(
+        description="launched from Python each time, or replayed from a CUDA graph"
+    )
     knobs: dict[str, Any] = Field(default_factory=dict, description="explicit method parameters")
-    sparsity_target: float | None = Field(default=None, ge=0, lt=1, description="S_flop asked for; None: whatever the knobs give")
+    sparsity_target: float | None = Field(
+        default=None, ge=0, lt=1, description="S_flop asked for; None: whatever the knobs give"
+    )
     sparsity_tolerance: float = Field(default=0.01, gt=0)
     block_size: int = Field(default=64, gt=0)
     seed: int = 0
@@ -70,12 +80,15 @@ class Check(BaseModel):
     rows: int = Field(description="query rows compared with the fp64 reference")
     max_abs: float | None = None
     relative_l2: float | None = None
-    selection_errors: int | None = Field(default=None, description="blocks on the wrong side outside the tie margin; None if dense")
+    selection_errors: int | None = Field(
+        default=None, description="blocks on the wrong side outside the tie margin; None if dense"
+    )
     detail: str = ""
 
 
 class Row(BaseModel):
-    """One finished point. A latency without a passed check, or a failed status without a reason, cannot be built."""
+    """One finished point. A latency without a passed check, or a failed status without a reason, cannot be
+    built."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -103,30 +116,55 @@ class Row(BaseModel):
     reason: str | None = None
     log_tail: str | None = Field(default=None, description="end of the worker's log when it failed")
     checked: Check | None = None
-    recheck: Check | None = Field(default=None, description="the gate once more, after timing, on fresh inputs")
-    # sparsity, definitions in dashbench.sparsity; None for dense methods means 0 by construction and is stored as 0.0
+    recheck: Check | None = Field(
+        default=None, description="the gate once more, after timing, on fresh inputs"
+    )
+    # sparsity, definitions in dashbench.sparsity; None for dense methods means 0 by construction and is
+    # stored as 0.0
     s_flop: float | None = None
     s_mean: float | None = None
     s_up: float | None = None
     s_routed: float | None = None
-    s_definitions: dict[str, float] = Field(default_factory=dict, description="all definitions, whole sequence and from position 4096")
-    s_spread: dict[str, float] = Field(default_factory=dict, description="kept tokens per query: p10, p50, p90, p99, min, max, mean")
-    tile_inflation: dict[str, float] = Field(default_factory=dict, description='by tile size: {"4": 1.12, "8": 1.2}')
-    inputs: dict[str, Any] = Field(default_factory=dict, description="histogram and facts of the generated inputs")
+    s_definitions: dict[str, float] = Field(
+        default_factory=dict, description="all definitions, whole sequence and from position 4096"
+    )
+    s_spread: dict[str, float] = Field(
+        default_factory=dict, description="kept tokens per query: p10, p50, p90, p99, min, max, mean"
+    )
+    tile_inflation: dict[str, float] = Field(
+        default_factory=dict, description='by tile size: {"4": 1.12, "8": 1.2}'
+    )
+    inputs: dict[str, Any] = Field(
+        default_factory=dict, description="histogram and facts of the generated inputs"
+    )
     # time
     latency_ms: float | None = Field(default=None, description="median")
-    latency_ci_ms: tuple[float, float] | None = Field(default=None, description="95 % bootstrap interval of the median")
-    gpu_ms: float | None = Field(default=None, description="time on the GPU alone, launches hidden (eager only)")
-    host_ms: float | None = Field(default=None, description="median time Python and the driver need to launch it (eager only)")
+    latency_ci_ms: tuple[float, float] | None = Field(
+        default=None, description="95 % bootstrap interval of the median"
+    )
+    gpu_ms: float | None = Field(
+        default=None, description="time on the GPU alone, launches hidden (eager only)"
+    )
+    host_ms: float | None = Field(
+        default=None, description="median time Python and the driver need to launch it (eager only)"
+    )
     stages_ms: dict[str, float] = Field(default_factory=dict)
     samples: list[float] = Field(default_factory=list, description="raw samples, ms")
-    timing: dict[str, Any] = Field(default_factory=dict, description="timer version, warm-up, rounds, throttled samples, stop reason")
-    telemetry: dict[str, Any] = Field(default_factory=dict, description="SM clock, power, temperature: min, median, max")
+    timing: dict[str, Any] = Field(
+        default_factory=dict, description="timer version, warm-up, rounds, throttled samples, stop reason"
+    )
+    telemetry: dict[str, Any] = Field(
+        default_factory=dict, description="SM clock, power, temperature: min, median, max"
+    )
     # work
     tflops: float | None = Field(default=None, description="TFLOP/s of the work actually kept")
     tb_per_s: float | None = None
-    percent_of_ceiling: float | None = Field(default=None, description="of the measured matmul or copy ceiling, whichever binds")
-    peak_bytes: int | None = Field(default=None, description="peak device memory of one call beyond its inputs")
+    percent_of_ceiling: float | None = Field(
+        default=None, description="of the measured matmul or copy ceiling, whichever binds"
+    )
+    peak_bytes: int | None = Field(
+        default=None, description="peak device memory of one call beyond its inputs"
+    )
     notes: dict[str, Any] = Field(default_factory=dict)
     # where and when
     environment: dict[str, Any] = Field(default_factory=dict)
