@@ -6,8 +6,8 @@ heads of a group), and a softmax attends the tokens of those chunks and of the o
 https://arxiv.org/abs/2605.18753; the equations stand in `dashbench.kernels.reference`.
 
 Parameters (`prepare`): `preset` (None, or a name in `dashbench.kernels.reference.PRESETS`) gives the rest
-    their defaults: scaling_factor: gamma; larger is sparser. alpha, sigma, bias_mode, forced, visibility: see
-    `dashbench.kernels.reference.DashOptions`.
+    their defaults; scaling_factor (gamma, larger is sparser), alpha, sigma, bias_mode, forced and visibility
+    are those of `dashbench.kernels.reference.DashOptions`.
 The chunk size is the problem's block size, also where a preset has its own.
 
 Debts and facts:
@@ -20,45 +20,89 @@ Debts and facts:
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import fields, replace
 from functools import cache
 from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from dashbench.baselines.api import Expected, Operator, Problem
-from dashbench.baselines.attention_reference import kept_tokens, row_slices, small_enough_for_gradients
+from dashbench.baselines.api import Expected, Operator, Problem, Unsupported
+from dashbench.baselines.attention_reference import (
+    attention_rows,
+    kept_tokens,
+    row_slices,
+    small_enough_for_gradients,
+)
 from dashbench.baselines.block_selection import wide
 from dashbench.baselines.block_sparse_reference import SLICE_ROWS, block_count, bytes_per_row
-from dashbench.kernels.reference import PRESETS, DashOptions, dash_attention, route, summarize
+from dashbench.kernels.reference import PRESETS, DashOptions, Routing, dash_attention, route, summarize
 
-TIE = {torch.float64: 1e-10}
-"""How near its threshold a chunk's (alpha - 1) logit may be for either answer to be right; 1e-4 for dtypes
-computed in fp32.
-"""
+TIE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+"""How near its threshold a chunk's (alpha - 1) logit may be for either answer to be right: kernels read the
+same bits as the reference, but round summaries to the working dtype before the product."""
 
 
-def options_for(problem: Problem, preset: str | None = None, **settings: Any) -> DashOptions:
-    """A preset's options, or the defaults, with the given settings in their place and the problem's chunk
-    size.
+def options_for(problem: Problem, preset: str | None = None, **given: Any) -> DashOptions:
+    """Options of a problem: a preset's, changed by what is given, with the problem's block size.
 
     Raises:
-        ValueError: an unknown preset.
-        TypeError: an unknown setting.
+        Unsupported: an unknown preset or parameter.
     """
     if preset is not None and preset not in PRESETS:
-        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, not {preset!r}")
-    options = DashOptions() if preset is None else PRESETS[preset]
-    return replace(options, **(settings | {"chunk_size": problem.block_size}))
+        raise Unsupported(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}")
+    known = {f.name for f in fields(DashOptions)} - {"chunk_size"}
+    if unknown := set(given) - known:
+        raise Unsupported(f"DashAttention has no parameter {sorted(unknown)[0]!r}")
+    return replace(PRESETS[preset] if preset else DashOptions(), **given, chunk_size=problem.block_size)
+
+
+@torch.no_grad()
+def rows_routing(
+    problem: Problem,
+    options: DashOptions,
+    rows: torch.Tensor,
+    dtype: torch.dtype,
+    summaries: torch.Tensor | None = None,
+) -> Routing:
+    """Routing of some query rows in the given precision, over `summaries` if they are at hand."""
+    rows = rows.to(problem.query.device)
+    if summaries is None:
+        summaries = summarize(problem.key.to(dtype), problem.summary_query.to(dtype), options.chunk_size)
+    blocks = block_count(problem.key, options.chunk_size)
+    return route(problem.query[:, :, rows].to(dtype), summaries, problem.start + rows, blocks, options)
+
+
+def expectation(
+    problem: Problem, options: DashOptions
+) -> Callable[[torch.Tensor, torch.Tensor | None], Expected]:
+    """`Operator.reference` of any DashAttention: exact routing, and exact attention over the selection it is
+    given."""
+
+    def reference(rows: torch.Tensor, selected: torch.Tensor | None) -> Expected:
+        rows = rows.to(problem.query.device)
+        routing = rows_routing(problem, options, rows, torch.float64)
+        output = attention_rows(
+            problem.query[:, :, rows],
+            problem.key,
+            problem.value,
+            problem.start + rows,
+            selected=routing.active if selected is None else selected.to(rows.device),
+            block_size=problem.block_size,
+            bias=routing.bias,
+        )
+        return Expected(output, routing.active, routing.margin < TIE[problem.query.dtype])
+
+    return reference
 
 
 def prepare(problem: Problem, *, preset: str | None = None, **settings: Any) -> Operator:
     """DashAttention for one problem; `settings` are fields of `DashOptions` but for the chunk size."""
     options = options_for(problem, preset, **settings)
     dtype, start = wide(problem.query.dtype), problem.start
-    blocks, rows_total = block_count(problem.key, problem.block_size), problem.query.shape[2]
-    notes = {"preset": preset, **vars(options)}
+    rows_total = problem.query.shape[2]
+    notes = {"preset": preset, "options": {f.name: getattr(options, f.name) for f in fields(DashOptions)}}
 
     def rows_of(query, key, value, summary_query, first, stop, active):
         """Output `[B, Hq, stop - first, D]` of the rows at positions first .. stop - 1; later keys are not
@@ -81,14 +125,11 @@ def prepare(problem: Problem, *, preset: str | None = None, **settings: Any) -> 
                 outputs.append(rows_of(*arguments))
         return torch.cat(outputs, 2)
 
-    def inputs(as_dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-        return tuple(
-            x.to(as_dtype) for x in (problem.query, problem.key, problem.value, problem.summary_query)
-        )
+    names = ("query", "key", "value", "summary_query")
 
     @torch.no_grad()
     def run() -> torch.Tensor:
-        return forward(*inputs(dtype)).to(problem.query.dtype)
+        return forward(*(getattr(problem, name).to(dtype) for name in names)).to(problem.query.dtype)
 
     @torch.no_grad()
     def summaries() -> torch.Tensor:
@@ -96,14 +137,12 @@ def prepare(problem: Problem, *, preset: str | None = None, **settings: Any) -> 
 
     prepared_summaries = cache(summaries)
 
-    @torch.no_grad()
     def selected(rows: torch.Tensor) -> torch.Tensor:
-        rows = rows.to(problem.query.device)
-        active = []
-        for part in row_slices(len(rows), bytes_per_row(problem.query, problem.key, dtype)):
-            query = problem.query[:, :, rows[part]].to(dtype)
-            active.append(route(query, prepared_summaries(), rows[part] + start, blocks, options).active)
-        return torch.cat(active, 2)
+        parts = [
+            rows_routing(problem, options, rows[part], dtype, prepared_summaries()).active
+            for part in row_slices(len(rows), bytes_per_row(problem.query, problem.key, dtype))
+        ]
+        return torch.cat(parts, 2)
 
     def kept() -> torch.Tensor:
         rows = torch.arange(rows_total, device=problem.query.device)
@@ -113,32 +152,17 @@ def prepare(problem: Problem, *, preset: str | None = None, **settings: Any) -> 
         ]
         return torch.cat(counts, -1)
 
-    @torch.no_grad()
-    def reference(rows: torch.Tensor, chosen: torch.Tensor | None) -> Expected:
-        rows = rows.to(problem.query.device)
-        query, *rest = inputs(torch.float64)
-        parts = []
-        for part in row_slices(len(rows), bytes_per_row(query, rest[0])):
-            active = None if chosen is None else chosen[:, :, part].to(query.device)
-            output, routing = dash_attention(
-                query, *rest, options, start=start, rows=rows[part], active=active
-            )
-            parts.append((output, routing.active, routing.margin < TIE.get(problem.query.dtype, 1e-4)))
-        return Expected(*(torch.cat(column, 2) for column in zip(*parts, strict=True)))
-
     every_row = torch.arange(rows_total)
-    shared = {"selected": selected, "kept": kept, "reference": reference, "notes": notes}
+    shared = {"selected": selected, "kept": kept, "reference": expectation(problem, options), "notes": notes}
     if problem.phase != "train":
         stages = {"summarize": summaries, "route": lambda: selected(every_row)}
         return Operator(run=run, stages=stages, **shared)
 
-    names = ("query", "key", "value")
     leaves = [getattr(problem, name).detach().clone().requires_grad_() for name in names]
     grads: dict[str, torch.Tensor] = {}
 
     def backward_through(tensors, as_dtype, active=None):
-        raised = [x.to(as_dtype) for x in (*tensors, problem.summary_query)]
-        output = forward(*raised, active)
+        output = forward(*(x.to(as_dtype) for x in tensors), active)
         new = torch.autograd.grad(output, tensors, problem.grad_output.to(as_dtype))
         return output.detach(), dict(zip(names, new, strict=True))
 

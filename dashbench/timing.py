@@ -324,7 +324,7 @@ class Timer:
         keep = [emptied or not b for b in bad]
         samples = [s for s, k in zip(self.samples, keep, strict=True) if k]
         ends = np.cumsum([0, *self.slice_samples])
-        slices = [sum(keep[a:b]) for a, b in zip(ends, ends[1:], strict=False)]
+        slices = [sum(keep[a:b]) for a, b in pairwise(ends)]
         latency = float(np.median(samples))
         interval = percentile_interval(resampled_medians(samples, seed, slices), latency)
         on_gpu = self.device == "cuda"

@@ -10,7 +10,7 @@ import torch
 from baseline_problems import attend_tokens, make_problem, relative_error
 
 from dashbench.baselines import dash_reference
-from dashbench.baselines.api import Problem
+from dashbench.baselines.api import Problem, Unsupported
 from dashbench.kernels.reference import PRESETS, DashOptions, dash_attention
 
 BLOCK = 8
@@ -84,12 +84,13 @@ def test_slices_equal_the_specification_with_its_bias(bias_mode, monkeypatch):
     monkeypatch.setattr(dash_reference, "SLICE_ROWS", 7)
     operator = dash_reference.prepare(problem, **settings)
     output = operator.run()
-    leaves = [getattr(problem, n).clone().requires_grad_() for n in ("query", "key", "value")]
-    exact, _ = dash_attention(*leaves, problem.summary_query, DashOptions(chunk_size=BLOCK, **settings))
+    names = ("query", "key", "value", "summary_query")
+    leaves = [getattr(problem, n).clone().requires_grad_() for n in names]
+    exact, _ = dash_attention(*leaves, DashOptions(chunk_size=BLOCK, **settings))
     torch.testing.assert_close(output, exact.detach(), rtol=1e-10, atol=1e-11)
     grads = torch.autograd.grad(exact, leaves, problem.grad_output)
     reference = operator.reference_gradients()
-    for name, grad in zip(("query", "key", "value"), grads, strict=True):
+    for name, grad in zip(names, grads, strict=True):
         torch.testing.assert_close(operator.gradients()[name], grad, rtol=1e-8, atol=1e-10)
         torch.testing.assert_close(reference[name], grad, rtol=1e-8, atol=1e-10)
 
@@ -126,7 +127,7 @@ def test_larger_scaling_factors_are_sparser_and_presets_are_the_specifications()
     options = dash_reference.options_for(problem, "paper")
     assert options == dataclasses.replace(PRESETS["paper"], chunk_size=BLOCK)
     assert math.isclose(options.scaling_factor, 0.2308, rel_tol=1e-3)
-    with pytest.raises(ValueError, match="preset must be one of"):
+    with pytest.raises(Unsupported, match="unknown preset"):
         dash_reference.prepare(problem, preset="other")
 
 
@@ -156,4 +157,5 @@ def test_on_a_gpu(phase):
     if phase == "train":
         exact = operator.reference_gradients()
         for name, grad in operator.gradients().items():
-            assert (grad.double() - exact[name]).norm() / exact[name].norm() < 0.02, name
+            limit = 0.02 if name != "summary_query" else 0.2  # sigma keeps it tiny and hard to tell in bf16
+            assert (grad.double() - exact[name]).norm() / exact[name].norm() < limit, name
