@@ -105,6 +105,7 @@ BUILT_IN: tuple[Method, ...] = (
         "fa3@fp8",
         "dashbench.baselines.flash_attention3:prepare_fp8",
         "FlashAttention-3 on e4m3 inputs quantised before the timed region, bf16 output, forward only",
+        dtypes=("bfloat16",),
         requires={"flash_attn_interface|fa3_fwd_interface": "fa3-fwd==0.0.3"},
         min_capability=(9, 0),
         tested="fa3-fwd 0.0.3 on an H200",
