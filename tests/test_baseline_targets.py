@@ -1,4 +1,4 @@
-"""Every built-in method's import string names a function that takes a problem; references obey their knobs."""
+"""Every built-in method's import string takes a problem; the references obey their knobs."""
 
 import inspect
 from importlib import import_module
