@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dashbench.kernels.backward_chunk import _chunk_kernel, _combine_kernel
 from dashbench.kernels.backward_lists import chunk_lists, list_capacity, tile_lists
@@ -71,7 +72,19 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+    """The tensor itself where bulk loads can address it (rows contiguous, everything in units of 16 bytes), or a copy."""
+    unit = 16 // tensor.element_size()
+    aligned = tensor.data_ptr() % 16 == 0 and all(
+        stride % unit == 0 or size == 1 for stride, size in zip(tensor.stride()[:3], tensor.shape[:3], strict=True)
+    )
+    return tensor if aligned and tensor.stride(-1) == 1 else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _bulk(tensor: torch.Tensor, block: list[int]) -> TensorDescriptor:
+    """Descriptor of a `[.., .., .., D]` view for bulk (TMA) loads; rows outside the tensor read as zero."""
+    unit = 16 // tensor.element_size()
+    strides = [stride if size > 1 else unit for stride, size in zip(tensor.stride()[:3], tensor.shape[:3], strict=True)]
+    return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], block)
 
 
 def attention_gradients(
@@ -146,18 +159,20 @@ def attention_gradients(
     grad_summary = torch.zeros(summary_parts, batch_heads, chunks, head_dim, **float32) if route else lse
     grad_summary_query = torch.empty(batch, kv_heads, chunks, head_dim, **float32) if route else lse
 
+    # A block of query rows is T positions x the group's heads, so heads stand behind positions.
+    q_rows, out_rows, grad_rows = (_bulk(x.transpose(1, 2), [1, tile, heads, head_dim]) for x in (q, out, grad_out))
+    k_rows, v_rows = (_bulk(x, [1, 1, chunk_size, head_dim]) for x in (k, v))
     entries, counts = tile_lists(mask, chunk_size, tile)
     total = tiles * batch_heads
     programs = min(total, launch.query_programs * _multiprocessors(q.device))
     scratch = torch.empty(programs, 2, chunks, tile, **float32)
     counter = torch.zeros(1, dtype=torch.int32, device=q.device)
     _query_kernel[(programs,)](
-        q, k, v, out, grad_out, lse, routing.tau.contiguous() if route else lse, summary, entries, counts,
-        counter, scratch,
-        grad_q, grad_summary, statistics, *(x.stride()[:3] for x in (q, k, v, out, grad_out, grad_q,
-        summary)),
+        q_rows, k_rows, v_rows, out_rows, grad_rows, lse, routing.tau.contiguous() if route else lse, summary,
+        entries, counts, counter, scratch, grad_q, grad_summary, statistics,
+        grad_q.stride()[:3], summary.stride()[:3],
         tokens, chunks, tiles, capacity, total, batch_heads, kv_heads, forced, *scalars,
-        BLOCK=32, DETACH_MEAN=route and routing.detach_mean, ATOMIC_SUMMARY=route and not deterministic,
+        BLOCK=64, DETACH_MEAN=route and routing.detach_mean, ATOMIC_SUMMARY=route and not deterministic,
         num_warps=launch.query_warps, num_stages=launch.query_stages, **shared,
     )  # fmt: skip
     del entries, scratch
@@ -173,9 +188,9 @@ def attention_gradients(
     if route:
         query_strides = (0, head_dim, 0) if summary_query.ndim == 2 else summary_query.stride()[:3]
     _chunk_kernel[(batch_heads * chunks * splits,)](
-        q, k, v, grad_out, statistics, summary, summary_query, entries, counts, order, grad_k_out, grad_v_out,
+        q_rows, k_rows, v_rows, grad_rows, statistics, summary, summary_query, entries, counts, order, grad_k_out, grad_v_out,
         grad_summary, grad_summary_query,
-        *(x.stride()[:3] for x in (q, k, v, grad_out, grad_k, grad_v, summary)), query_strides,
+        *(x.stride()[:3] for x in (grad_k, grad_v, summary)), query_strides,
         tokens, chunks, tiles, capacity, batch_heads, kv_heads, splits, forced, *scalars,
         SUMMARY=here, FINISH=finish, num_warps=launch.chunk_warps, num_stages=launch.chunk_stages, **shared,
     )  # fmt: skip

