@@ -32,7 +32,7 @@ def _finish_chunk(
     dim = tl.arange(0, HEAD_DIM)
     keys = keys.to(tl.float32)
     q_bar = tl.load(summary_query + dim).to(tl.float32)
-    logits = tl.where(present, tl.sum(keys * q_bar[None, :], 1) * scale, float("-inf"))
+    logits = tl.where(present, tl.sum(keys * q_bar[None, :], 1) * scale, -1e30)
     a = tl.exp(logits - tl.max(logits, 0))
     a = a / tl.sum(a, 0)
     u = tl.sum(keys * grad_k_bar[None, :], 1)
@@ -87,7 +87,7 @@ def _attend_tile(
 
 @triton.jit(do_not_specialize=["tokens", "chunks", "tiles", "capacity", "batch_heads", "splits", "forced"])
 def _chunk_kernel(
-    q, k, v, grad_out, statistics, summary, summary_query, entries, counts, order,
+    q, k, v, grad_out, statistics, summary, summary_query, entries, counts, padding, order,
     grad_k, grad_v, grad_summary, grad_summary_query,
     grad_k_strides, grad_v_strides, summary_strides,
     query_strides,
@@ -95,7 +95,7 @@ def _chunk_kernel(
     scale, route_scale, logit_scale, inverse_sigma, epsilon, power_p, power_s,
     HEAD_DIM: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
     BIAS: tl.constexpr, APPLY_BIAS: tl.constexpr, SUMMARY: tl.constexpr, ALPHA_1_5: tl.constexpr,
-    FINISH: tl.constexpr,
+    PADDED: tl.constexpr, FINISH: tl.constexpr,
 ):  # fmt: skip
     """One program a chunk and split of its list, longest lists first. Without FINISH it stores float32
     partial sums `[splits, B * Hkv, M * C, D]` (summaries `[splits, B * Hkv, M, D]`) for
@@ -113,6 +113,8 @@ def _chunk_kernel(
     position = chunk * CHUNK + tl.arange(0, CHUNK)
     token = position.to(tl.int64)
     present = position < tokens
+    if PADDED:
+        present = present & (position >= tl.load(padding + batch))
     batch_index, kv_index = batch.to(tl.int32), kv_head.to(tl.int32)
     keys = tl.reshape(k.load([batch_index, kv_index, chunk * CHUNK, 0]), [CHUNK, HEAD_DIM])
     values = tl.reshape(v.load([batch_index, kv_index, chunk * CHUNK, 0]), [CHUNK, HEAD_DIM])
@@ -136,10 +138,12 @@ def _chunk_kernel(
     for index in range(first, last):
         entry = tl.load(list_base + index)
         tile = entry >> TILE
-        member = ((entry >> query) & 1) != 0
+        seen = (((entry >> query) & 1) != 0)[None, :]
+        if PADDED:
+            seen = seen & present[:, None]
         grad_k_rows, grad_v_rows, grad_k_bar = _attend_tile(
             grad_k_rows, grad_v_rows, grad_k_bar, keys, values, k_bar, q, grad_out, batch_index, first_head, tile,
-            member[None, :], chunk < tile // TILES_PER_CHUNK - forced, head_statistics, scale * _LOG2E,
+            seen, chunk < tile // TILES_PER_CHUNK - forced, head_statistics, scale * _LOG2E,
             route_scale, logit_scale, inverse_sigma, epsilon, power_p, power_s,
             HEAD_DIM, GROUP, HEADS, TILE, True, BIAS, APPLY_BIAS, SUMMARY, ALPHA_1_5,
         )  # fmt: skip
@@ -147,9 +151,10 @@ def _chunk_kernel(
         own_tile = chunk * TILES_PER_CHUNK
         for index in range(tl.minimum(TILES_PER_CHUNK, tiles - own_tile)):
             tile = own_tile + index
+            seen = (position[:, None] <= (tile * TILE + query)[None, :]) & present[:, None]
             grad_k_rows, grad_v_rows, grad_k_bar = _attend_tile(
                 grad_k_rows, grad_v_rows, grad_k_bar, keys, values, k_bar, q, grad_out, batch_index, first_head,
-                tile, position[:, None] <= (tile * TILE + query)[None, :], False, head_statistics, scale * _LOG2E,
+                tile, seen, False, head_statistics, scale * _LOG2E,
                 route_scale, logit_scale, inverse_sigma, epsilon, power_p, power_s,
                 HEAD_DIM, GROUP, HEADS, TILE, False, BIAS, APPLY_BIAS, SUMMARY, ALPHA_1_5,
             )  # fmt: skip
@@ -167,12 +172,12 @@ def _chunk_kernel(
         tl.store(
             _head(grad_k, grad_k_strides, batch, kv_head) + token[:, None] * grad_k_strides[2] + dim[None, :],
             grad_k_rows.to(grad_k.dtype.element_ty),
-            mask=present[:, None],
+            mask=(token < tokens)[:, None],
         )
         tl.store(
             _head(grad_v, grad_v_strides, batch, kv_head) + token[:, None] * grad_v_strides[2] + dim[None, :],
             grad_v_rows.to(grad_v.dtype.element_ty),
-            mask=present[:, None],
+            mask=(token < tokens)[:, None],
         )
     else:
         part = (split.to(tl.int64) * batch_heads * chunks + owned) * HEAD_DIM
@@ -184,10 +189,10 @@ def _chunk_kernel(
 
 @triton.jit(do_not_specialize=["tokens", "chunks", "batch_heads", "splits", "summary_parts"])
 def _combine_kernel(
-    k, summary_query, grad_k_parts, grad_v_parts, grad_summary, grad_k, grad_v, grad_summary_query,
+    k, summary_query, padding, grad_k_parts, grad_v_parts, grad_summary, grad_k, grad_v, grad_summary_query,
     k_strides, grad_k_strides, grad_v_strides, query_strides,
     tokens, chunks, batch_heads, kv_heads, splits, summary_parts, scale,
-    HEAD_DIM: tl.constexpr, CHUNK: tl.constexpr, BIAS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, CHUNK: tl.constexpr, BIAS: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """One program a chunk: sum the splits in order and finish as the unsplit kernel does."""
     owned = tl.program_id(0).to(tl.int64)
@@ -197,6 +202,8 @@ def _combine_kernel(
     local = tl.arange(0, CHUNK)
     token = chunk * CHUNK + local
     present = token < tokens
+    if PADDED:
+        present = present & (token >= tl.load(padding + batch))
     grad_k_rows = tl.zeros([CHUNK, HEAD_DIM], tl.float32)
     grad_v_rows = tl.zeros([CHUNK, HEAD_DIM], tl.float32)
     total = batch_heads * chunks
@@ -210,7 +217,7 @@ def _combine_kernel(
             grad_k_bar += tl.load(grad_summary + (split * total + owned) * HEAD_DIM + dim)
         keys = tl.load(
             _head(k, k_strides, batch, kv_head) + token[:, None] * k_strides[2] + dim[None, :],
-            mask=present[:, None],
+            mask=(token < tokens)[:, None],
             other=0.0,
         )
         grad_k_rows = _finish_chunk(
@@ -221,10 +228,10 @@ def _combine_kernel(
     tl.store(
         _head(grad_k, grad_k_strides, batch, kv_head) + token[:, None] * grad_k_strides[2] + dim[None, :],
         grad_k_rows.to(grad_k.dtype.element_ty),
-        mask=present[:, None],
+        mask=(token < tokens)[:, None],
     )
     tl.store(
         _head(grad_v, grad_v_strides, batch, kv_head) + token[:, None] * grad_v_strides[2] + dim[None, :],
         grad_v_rows.to(grad_v.dtype.element_ty),
-        mask=present[:, None],
+        mask=(token < tokens)[:, None],
     )

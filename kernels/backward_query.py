@@ -99,13 +99,13 @@ def _grad_probability(
 
 @triton.jit(do_not_specialize=["tokens", "chunks", "tiles", "capacity", "total", "batch_heads", "forced"])
 def _query_kernel(
-    q, k, v, out, grad_out, lse, tau, summary, entries, counts, counter, scratch,
+    q, k, v, out, grad_out, lse, tau, summary, entries, counts, padding, counter, scratch,
     grad_q, grad_summary, statistics, grad_q_strides, summary_strides,
     tokens, chunks, tiles, capacity, total, batch_heads, kv_heads, forced,
     scale, route_scale, logit_scale, inverse_sigma, epsilon, power_p, power_s,
     HEAD_DIM: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK: tl.constexpr, BIAS: tl.constexpr, APPLY_BIAS: tl.constexpr, DETACH_MEAN: tl.constexpr,
-    ALPHA_1_5: tl.constexpr, ATOMIC_SUMMARY: tl.constexpr,
+    ALPHA_1_5: tl.constexpr, PADDED: tl.constexpr, ATOMIC_SUMMARY: tl.constexpr,
 ):  # fmt: skip
     ROWS: tl.constexpr = TILE * HEADS
     TILES_PER_CHUNK: tl.constexpr = CHUNK // TILE
@@ -128,7 +128,8 @@ def _query_kernel(
         batch, kv_head = batch_head // kv_heads, batch_head % kv_heads
         own = tile // TILES_PER_CHUNK
         position = (tile * TILE + query).to(tl.int64)
-        inside = (position < tokens) & (head < GROUP)
+        first_valid = tl.load(padding + batch) if PADDED else 0
+        inside = (position >= first_valid) & (position < tokens) & (head < GROUP)
         row_head = kv_head * GROUP + head
 
         first_row = (tile * TILE).to(tl.int32)
@@ -180,10 +181,10 @@ def _query_kernel(
         key_position = own * CHUNK + token
         keys = tl.reshape(k.load([batch_index, kv_index, own * CHUNK, 0]), [CHUNK, HEAD_DIM])
         values = tl.reshape(v.load([batch_index, kv_index, own * CHUNK, 0]), [CHUNK, HEAD_DIM])
+        seen = (key_position[None, :] <= position[:, None]) & (key_position >= first_valid)[None, :]
         accumulator, per_row = _attend_chunk(
-            accumulator, q_rows, grad_rows, keys, values, key_position[None, :] <= position[:, None], no_bias,
-            lse_rows, delta, scale * _LOG2E,
-        )  # fmt: skip
+            accumulator, q_rows, grad_rows, keys, values, seen, no_bias, lse_rows, delta, scale * _LOG2E
+        )
 
         grad_bias_sum = tl.zeros([TILE], tl.float32)
         routed_count = tl.zeros([TILE], tl.float32)
@@ -192,7 +193,9 @@ def _query_kernel(
             chunk = entry & 0xFFFF
             keys = tl.reshape(k.load([batch_index, kv_index, chunk * CHUNK, 0]), [CHUNK, HEAD_DIM])
             values = tl.reshape(v.load([batch_index, kv_index, chunk * CHUNK, 0]), [CHUNK, HEAD_DIM])
-            member = (((entry >> 16) >> query) & 1) != 0
+            seen = ((((entry >> 16) >> query) & 1) != 0)[:, None]
+            if PADDED:
+                seen = seen & (chunk * CHUNK + token >= first_valid)[None, :]
             bias = no_bias
             if APPLY_BIAS:
                 routed = chunk < own - forced
@@ -201,16 +204,7 @@ def _query_kernel(
                     log_w = (log_w - log_mean_rows) * inverse_sigma
                 bias = tl.where(routed, log_w * _LOG2E, 0.0)
             accumulator, per_row = _attend_chunk(
-                accumulator,
-                q_rows,
-                grad_rows,
-                keys,
-                values,
-                member[:, None],
-                bias,
-                lse_rows,
-                delta,
-                scale * _LOG2E,
+                accumulator, q_rows, grad_rows, keys, values, seen, bias, lse_rows, delta, scale * _LOG2E
             )
             if BIAS != 0:
                 grad_bias = tl.sum(tl.reshape(per_row, [TILE, HEADS]), 1)
@@ -285,7 +279,7 @@ def _query_kernel(
         tl.store(
             grad_q + offset[:, None] + dim[None, :],
             accumulator.to(grad_q.dtype.element_ty),
-            mask=inside[:, None],
+            mask=((position < tokens) & (head < GROUP))[:, None],
         )
         work = tl.atomic_add(counter, 1)
 
