@@ -72,7 +72,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself where bulk loads can address it (rows contiguous, everything in units of 16 bytes), or a copy."""
+    """The tensor itself where bulk loads can address it (contiguous rows, 16-byte units), or a copy."""
     unit = 16 // tensor.element_size()
     aligned = tensor.data_ptr() % 16 == 0 and all(
         stride % unit == 0 or size == 1
@@ -114,9 +114,9 @@ def attention_gradients(
     float32, natural logarithm of the softmax denominator. mask: `[B, Hkv, N, W]` int32, W >= ceil(M / 32):
     chunks that each query attends before its own, which is always attended causally. Without `routing` the
     mask is a constant (block-sparse attention as NSA and InfLLMv2 use it) and the fourth result is None;
-    otherwise it is the summary query's gradient in float32, in the summary query's shape. padding: `[B]` int32,
-    tokens at the left of each sequence that are no part of it; they are attended by nobody, their summaries'
-    share is zero, and so are their gradients.
+    otherwise it is the summary query's gradient in float32, in the summary query's shape. padding: `[B]`
+    int32, tokens at the left of each sequence that are no part of it; they are attended by nobody, their
+    summaries' share is zero, and so are their gradients.
 
     Only the chunk summaries' gradient is summed atomically, in float32; with `deterministic` it is summed
     in list order by the chunk-outer kernel instead, and every result is then bitwise reproducible. Raises
@@ -199,7 +199,9 @@ def attention_gradients(
     if route:
         query_strides = (0, head_dim, 0) if summary_query.ndim == 2 else summary_query.stride()[:3]
     _chunk_kernel[(batch_heads * chunks * splits,)](
-        q_rows, k_rows, v_rows, grad_rows, statistics, summary, summary_query, entries, counts, padding, order, grad_k_out, grad_v_out,
+        q_rows, k_rows, v_rows, grad_rows, statistics, summary, summary_query, entries, counts, padding,
+        order,
+        grad_k_out, grad_v_out,
         grad_summary, grad_summary_query,
         *(x.stride()[:3] for x in (grad_k, grad_v, summary)), query_strides,
         tokens, chunks, tiles, capacity, batch_heads, kv_heads, splits, forced, *scalars,
@@ -207,7 +209,8 @@ def attention_gradients(
     )  # fmt: skip
     if not finish:
         _combine_kernel[(batch_heads * chunks,)](
-            k, summary_query, padding, grad_k_out, grad_v_out, grad_summary, grad_k, grad_v, grad_summary_query,
+            k, summary_query, padding, grad_k_out, grad_v_out, grad_summary, grad_k, grad_v,
+            grad_summary_query,
             *(x.stride()[:3] for x in (k, grad_k, grad_v)), query_strides,
             tokens, chunks, batch_heads, kv_heads, splits, summary_parts, scale,
             HEAD_DIM=head_dim, CHUNK=chunk_size, BIAS=bias_mode, PADDED=padding is not None, num_warps=4,
@@ -259,9 +262,9 @@ def with_gradients(
 ) -> torch.Tensor:
     """`out`, computed by any forward without a graph, connected to q, k, v (and `routing.summary_query`).
 
-    Arguments as for `attention_gradients`; they are what is kept for the backward, so nothing quadratic beside
-    the bit mask. `deterministic` None follows `torch.use_deterministic_algorithms`. The backward itself is not
-    differentiable again.
+    Arguments as for `attention_gradients`; they are what is kept for the backward, so nothing quadratic
+    beside the bit mask. `deterministic` None follows `torch.use_deterministic_algorithms`. The backward
+    itself is not differentiable again.
     """
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()

@@ -45,8 +45,9 @@ def _finish_chunk(
 def _attend_tile(
     grad_k_rows, grad_v_rows, grad_k_bar, keys, values, k_bar, q, grad_out, batch, first_head, tile, seen,
     biased, statistics, scale_log2, route_scale, logit_scale, inverse_sigma, epsilon, power_p, power_s,
-    HEAD_DIM: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, TILE: tl.constexpr, ROUTED: tl.constexpr,
-    BIAS: tl.constexpr, APPLY_BIAS: tl.constexpr, SUMMARY: tl.constexpr, ALPHA_1_5: tl.constexpr,
+    HEAD_DIM: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, TILE: tl.constexpr,
+    ROUTED: tl.constexpr, BIAS: tl.constexpr, APPLY_BIAS: tl.constexpr, SUMMARY: tl.constexpr,
+    ALPHA_1_5: tl.constexpr,
 ):  # fmt: skip
     """Add one tile's contribution to dk, dv and, with SUMMARY, to the gradient of this chunk's summary."""
     ROWS: tl.constexpr = TILE * HEADS
@@ -142,8 +143,8 @@ def _chunk_kernel(
         if PADDED:
             seen = seen & present[:, None]
         grad_k_rows, grad_v_rows, grad_k_bar = _attend_tile(
-            grad_k_rows, grad_v_rows, grad_k_bar, keys, values, k_bar, q, grad_out, batch_index, first_head, tile,
-            seen, chunk < tile // TILES_PER_CHUNK - forced, head_statistics, scale * _LOG2E,
+            grad_k_rows, grad_v_rows, grad_k_bar, keys, values, k_bar, q, grad_out, batch_index, first_head,
+            tile, seen, chunk < tile // TILES_PER_CHUNK - forced, head_statistics, scale * _LOG2E,
             route_scale, logit_scale, inverse_sigma, epsilon, power_p, power_s,
             HEAD_DIM, GROUP, HEADS, TILE, True, BIAS, APPLY_BIAS, SUMMARY, ALPHA_1_5,
         )  # fmt: skip
@@ -153,8 +154,8 @@ def _chunk_kernel(
             tile = own_tile + index
             seen = (position[:, None] <= (tile * TILE + query)[None, :]) & present[:, None]
             grad_k_rows, grad_v_rows, grad_k_bar = _attend_tile(
-                grad_k_rows, grad_v_rows, grad_k_bar, keys, values, k_bar, q, grad_out, batch_index, first_head,
-                tile, seen, False, head_statistics, scale * _LOG2E,
+                grad_k_rows, grad_v_rows, grad_k_bar, keys, values, k_bar, q, grad_out, batch_index,
+                first_head, tile, seen, False, head_statistics, scale * _LOG2E,
                 route_scale, logit_scale, inverse_sigma, epsilon, power_p, power_s,
                 HEAD_DIM, GROUP, HEADS, TILE, False, BIAS, APPLY_BIAS, SUMMARY, ALPHA_1_5,
             )  # fmt: skip
