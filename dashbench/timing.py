@@ -18,6 +18,7 @@ left.
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -323,8 +324,8 @@ class Timer:
         emptied = dropped > 0 and len(bad) - dropped < self.options.min_samples
         keep = [emptied or not b for b in bad]
         samples = [s for s, k in zip(self.samples, keep, strict=True) if k]
-        ends = np.cumsum([0, *self.slice_samples])
-        slices = [sum(keep[a:b]) for a, b in zip(ends, ends[1:], strict=False)]
+        ends = itertools.accumulate(self.slice_samples, initial=0)
+        slices = [sum(keep[a:b]) for a, b in itertools.pairwise(ends)]
         latency = float(np.median(samples))
         interval = percentile_interval(resampled_medians(samples, seed, slices), latency)
         on_gpu = self.device == "cuda"
