@@ -13,9 +13,9 @@ again, dV, dP, dQ, dK) against the forward's two, so training is 3.5 F.
 A sparse method keeps ρF of it and pays for routing: products with one vector that stands for many keys. A
 visible vector every S keys, scored by one product (half of a dense pair's work), costs F / (2S):
 
-    DashAttention   logits against one summary a chunk, S = C:                             F / (2C)
-    InfLLMv2        logits against windows, S = C/4, twice (log-sum-exp, then scores):     2 · F / (2S)
-    NSA             compressed attention, both products, S = C/4, its importance again:    F / S + F / (2S)
+    DashAttention   logits against one summary a chunk, S = C:                            F / (2C)
+    InfLLMv2        logits against windows, S = C/4, twice (log-sum-exp, then scores):    2 · F / (2S)
+    NSA             compressed attention, both products, S = C/4, its importance again:   F / S + F / (2S)
 
 With C = 64 these are F/128, F/16 and F · 3/32. InfLLMv2's coarse log-sum-exp, with S = C, costs F/32 + F/128
 instead; the exact one is assumed.
