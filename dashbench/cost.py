@@ -13,15 +13,15 @@ again, dV, dP, dQ, dK) against the forward's two, so training is 3.5 F.
 A sparse method keeps ρF of it and pays for routing: products with one vector that stands for many keys. A
 visible vector every S keys, scored by one product (half of a dense pair's work), costs F / (2S):
 
-    DashAttention   logits against one summary a chunk, S = C:                            F / (2C)
-    InfLLMv2        logits against windows, S = C/4, twice (log-sum-exp, then scores):    2 · F / (2S)
-    NSA             compressed attention, both products, S = C/4, its importance again:   F / S + F / (2S)
+    DashAttention  logits against one summary a chunk, S = C:                            F / (2C)
+    InfLLMv2       logits against windows, S = C/4, twice (log-sum-exp, then scores):    2 · F / (2S)
+    NSA            compressed attention, both products, S = C/4, its importance again:   F / S + F / (2S)
 
 With C = 64 these are F/128, F/16 and F · 3/32. InfLLMv2's coarse log-sum-exp, with S = C, costs F/32 + F/128
 instead; the exact one is assumed.
 
-Bytes, each once. Queries in, output out: 2 · B · Hq · N · d · e. Keys and values: K = 2 · B · Hkv · L · d · e.
-In prefill some query wants every key, so all of K moves whatever the sparsity; in decode ρK, plus what routing
+Bytes, each once. Queries and output: 2 · B · Hq · N · d · e. Keys and values: K = 2 · B · Hkv · L · d · e. In
+prefill some query wants every key, so all of K moves whatever the sparsity; in decode ρK and what routing
 reads: one summary vector a chunk, against a key and a value a token, is K/(2C) (DashAttention), K/(2S)
 (InfLLMv2); NSA reads compressed keys and values, K/S. Training moves the gradients of all of these too.
 

@@ -172,7 +172,8 @@ def test_routings_differ_as_their_names_say():
     at_home = near.gather(1, own[:, None])[:, 0]
     far = near.gather(1, (own[:, None] - 40).clamp(min=1))[:, 0]
     assert (at_home[700:] > 0.9 * PEAK).all() and (far[700:] < 0.7 * PEAK).all()
-    assert (near[700:, 0] > far[700:]).all() and (near[:, 0] > 0.6 * PEAK).all()
+    assert (near[700:, 0] > far[700:]).all()
+    assert torch.allclose(near[:, 0], torch.tensor(PEAK, dtype=near.dtype), atol=1e-4)
 
 
 def test_iid_has_nothing_to_route_on():
