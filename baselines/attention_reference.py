@@ -21,9 +21,11 @@ SLICE_BYTES = 256 * 2**20
 """Most bytes of one slice's scores; a few temporaries of that size live at once."""
 
 
-def row_slices(rows: int, bytes_per_row: int, budget: int = SLICE_BYTES) -> Iterator[slice]:
-    """Slices that cover `range(rows)`, each with at most `budget` bytes (at least one row)."""
-    step = max(1, min(rows, budget // max(1, bytes_per_row)))
+def row_slices(
+    rows: int, bytes_per_row: int, budget: int = SLICE_BYTES, most: int | None = None
+) -> Iterator[slice]:
+    """Slices that cover `range(rows)`, each of at most `budget` bytes and `most` rows (at least one row)."""
+    step = max(1, min(most or rows, budget // max(1, bytes_per_row)))
     for first in range(0, rows, step):
         yield slice(first, min(rows, first + step))
 
@@ -52,6 +54,7 @@ def attention_rows(
     block_size: int = 64,
     scale: float | None = None,
     window: int | None = None,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of some query rows in fp64.
 
@@ -63,6 +66,7 @@ def attention_rows(
         block_size: tokens in a block of `selected`.
         scale: softmax scale, 1 / sqrt(D) if None.
         window: only the last `window` tokens including the row's own are seen; None for all.
+        bias: `[B, Hkv, R, M]`, added to the logits of all tokens of a block; None for none.
 
     Returns:
         `[B, Hq, R, D]` fp64; zero where a row sees no key.
@@ -84,7 +88,10 @@ def attention_rows(
                     visible &= tokens > at - window
                 if selected is not None:
                     visible &= selected[b, r, part].repeat_interleave(block_size, -1)[:, :length]
-                scores = (q @ k.T * scale).masked_fill(~visible, -torch.inf)
+                scores = q @ k.T * scale
+                if bias is not None:
+                    scores = scores + bias[b, r, part].double().repeat_interleave(block_size, -1)[:, :length]
+                scores = scores.masked_fill(~visible, -torch.inf)
                 row = torch.softmax(scores, -1).masked_fill(~visible.any(-1, keepdim=True), 0.0)
                 output[b, r * group : (r + 1) * group, part] = row @ v
     return output

@@ -11,7 +11,9 @@ Debts and facts:
       attention does) gets keys and values expanded to all query heads, as its users must: before the timed
       region in prefill and decode (the best case for it), inside it in training, where the sum of their
       gradients is part of the work. `notes["grouped_heads"]` says which.
-    * `torch.nn.attention.sdpa_kernel` is entered inside the timed call, a few microseconds of host time.
+    * The backend is pinned for the length of each call by PyTorch's four switches (`enable_flash_sdp`, ...),
+      which are restored after it. `torch.nn.attention.sdpa_kernel` does the same with 28 microseconds of host
+      time a call, more than a third of an eager decode step, which a model would pay once.
     * A backend that refuses the problem raises `Unsupported` with PyTorch's reason; another backend is never
       tried in its place.
 """
@@ -22,7 +24,8 @@ import warnings
 from collections.abc import Callable
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.backends import cuda
+from torch.nn.attention import SDPBackend
 from torch.nn.functional import scaled_dot_product_attention
 
 from dashbench.baselines.api import Operator, Problem, Unsupported
@@ -31,6 +34,14 @@ from dashbench.baselines.attention_reference import (
     dense_gradients,
     small_enough_for_gradients,
 )
+
+_SWITCHES = {
+    SDPBackend.FLASH_ATTENTION: (cuda.flash_sdp_enabled, cuda.enable_flash_sdp),
+    SDPBackend.CUDNN_ATTENTION: (cuda.cudnn_sdp_enabled, cuda.enable_cudnn_sdp),
+    SDPBackend.EFFICIENT_ATTENTION: (cuda.mem_efficient_sdp_enabled, cuda.enable_mem_efficient_sdp),
+    SDPBackend.MATH: (cuda.math_sdp_enabled, cuda.enable_math_sdp),
+}
+"""Backend: (whether it may be used, how to allow or forbid it)."""
 
 _REFUSALS = (
     "No available kernel",
@@ -75,6 +86,8 @@ def _prepare(problem: Problem, backend: SDPBackend) -> Operator:
         try:
             return _operator(problem, backend, enable_gqa=False)
         except Unsupported as expanded:
+            if str(expanded) == str(grouped):
+                raise
             raise Unsupported(f"{expanded} (with enable_gqa: {grouped})") from expanded
 
 
@@ -93,10 +106,16 @@ def _operator(problem: Problem, backend: SDPBackend, enable_gqa: bool) -> Operat
         return x if enable_gqa or group == 1 else x.repeat_interleave(group, dim=1)
 
     def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        with sdpa_kernel(backend):
+        before = [enabled() for enabled, _ in _SWITCHES.values()]
+        try:
+            for which, (_, allow) in _SWITCHES.items():
+                allow(which is backend)
             return scaled_dot_product_attention(
                 query, key, value, is_causal=causal, scale=problem.scale, enable_gqa=enable_gqa and group > 1
             )
+        finally:
+            for (_, allow), was in zip(_SWITCHES.values(), before, strict=True):
+                allow(was)
 
     def reference(rows, selected):
         return dense_expected(problem, rows)
@@ -155,11 +174,15 @@ def _try(run: Callable[[], torch.Tensor], backend: SDPBackend) -> None:
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError) or not any(r in str(error) for r in _REFUSALS):
                 raise
-            own = backend.name.split("_")[0].lower()
             told = [str(w.message).split(" (Triggered")[0].strip() for w in said]
-            reasons = [t for t in told if own in t.lower() or "head" in t.lower() or "dtype" in t.lower()]
-            reasons = [
-                r for r in reasons if "was not used because" not in r and "been runtime disabled" not in r
-            ]
+            own = backend.name.split("_")[0].lower()
+            reasons, mine = [], False
+            for (
+                line
+            ) in told:  # "<Backend> attention kernel not used because:" heads the reasons that follow it
+                if line.endswith("because:"):
+                    mine = own in line.lower() or (own == "efficient" and "memory" in line.lower())
+                elif mine and "runtime disabled" not in line:
+                    reasons.append(line)
             why = "; ".join(dict.fromkeys(reasons)) or str(error).splitlines()[0]
             raise Unsupported(f"SDPA backend {backend.name} refuses: {why}") from error

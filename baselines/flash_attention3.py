@@ -6,8 +6,10 @@ FlashAttention-3, arXiv 2407.08608. The module is `flash_attn_interface` (built 
 or, without it, `fa3_fwd_interface` (PyPI: `fa3-fwd`, read at version 0.0.3: bf16 and fp8, no fp16, no
 backward, no paged cache).
 
-Parameters: `num_splits` (decode; 0 lets the library choose), `pack_gqa` (decode), `precompute` (decode:
-    compute the scheduler metadata beforehand).
+Parameters, all for decode: `num_splits` (0 lets the library choose), `pack_gqa`, `lengths`: `tensor` gives
+    the cache's lengths as a growing cache needs them, with scheduler metadata computed beforehand; `full`
+    says nothing of lengths, so that the whole cache is read (3 % faster at 128k and batch 8 on an H200, 7 %
+    at 16k and batch 1).
 
 Debts and facts:
     * Queries, keys and values lie in the library's own layout `[B, N, H, D]`, made before the timed region;
@@ -42,18 +44,18 @@ E4M3_MAX = 448.0
 
 
 def prepare(
-    problem: Problem, *, num_splits: int = 0, pack_gqa: bool = True, precompute: bool = True
+    problem: Problem, *, num_splits: int = 0, pack_gqa: bool = True, lengths: str = "tensor"
 ) -> Operator:
     """bf16 (and fp16 where the build has it)."""
     module, flags, notes = _load(problem)
     if problem.query.dtype == torch.float16 and flags.get("FLASHATTENTION_DISABLE_FP16"):
         raise Unsupported(f"{notes['module']} {notes['version']} is built without fp16 kernels; use bfloat16")
     tensors = {name: _token_major(getattr(problem, name)) for name in ("query", "key", "value")}
-    return _operator(problem, module, tensors, {}, notes, num_splits, pack_gqa, precompute)
+    return _operator(problem, module, tensors, {}, notes, num_splits, pack_gqa, lengths)
 
 
 def prepare_fp8(
-    problem: Problem, *, num_splits: int = 0, pack_gqa: bool = True, precompute: bool = True
+    problem: Problem, *, num_splits: int = 0, pack_gqa: bool = True, lengths: str = "tensor"
 ) -> Operator:
     """fp8 (e4m3) inputs, bf16 output."""
     module, flags, notes = _load(problem)
@@ -70,7 +72,7 @@ def prepare_fp8(
     exact = replace(
         problem, **{name: _dequantised(tensors[name], descales[f"{name[0]}_descale"]) for name in tensors}
     )
-    return _operator(exact, module, tensors, descales, notes, num_splits, pack_gqa, precompute)
+    return _operator(exact, module, tensors, descales, notes, num_splits, pack_gqa, lengths)
 
 
 def quantise(x: torch.Tensor, kv_heads: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -130,7 +132,7 @@ def _operator(
     notes: dict[str, Any],
     num_splits: int,
     pack_gqa: bool,
-    precompute: bool,
+    lengths: str,
 ) -> Operator:
     query, key, value = tensors["query"], tensors["key"], tensors["value"]
     options: dict[str, Any] = {"softmax_scale": problem.scale, **descales}
@@ -143,28 +145,20 @@ def _operator(
             return (output[0] if isinstance(output, tuple) else output).transpose(1, 2)
 
     else:
+        if lengths not in ("tensor", "full"):
+            raise ValueError(f"lengths must be 'tensor' or 'full', not {lengths!r}")
         batch, length = key.shape[:2]
-        lengths = torch.full((batch,), length, dtype=torch.int32, device=key.device)
-        options |= {"cache_seqlens": lengths, "num_splits": num_splits, "pack_gqa": pack_gqa}
-        if precompute and hasattr(module, "get_scheduler_metadata"):
-            options["scheduler_metadata"] = module.get_scheduler_metadata(
-                batch,
-                query.shape[1],
-                length,
-                query.shape[2],
-                key.shape[2],
-                query.shape[3],
-                lengths,
-                qkv_dtype=query.dtype,
-                causal=False,
-                num_splits=num_splits,
-                pack_gqa=pack_gqa,
-            )
-        notes |= {
-            "num_splits": num_splits,
-            "pack_gqa": pack_gqa,
-            "scheduler_metadata": "scheduler_metadata" in options,
-        }
+        options |= {"num_splits": num_splits, "pack_gqa": pack_gqa}
+        if lengths == "tensor":
+            cache_seqlens = torch.full((batch,), length, dtype=torch.int32, device=key.device)
+            options |= {
+                "cache_seqlens": cache_seqlens,
+                "scheduler_metadata": module.get_scheduler_metadata(
+                    batch, query.shape[1], length, query.shape[2], key.shape[2], query.shape[3],
+                    cache_seqlens, qkv_dtype=query.dtype, causal=False, num_splits=num_splits, pack_gqa=pack_gqa,
+                ),
+            }  # fmt: skip
+        notes |= {"num_splits": num_splits, "pack_gqa": pack_gqa, "lengths": lengths}
 
         def run() -> torch.Tensor:
             return module.flash_attn_with_kvcache(query, key, value, **options).transpose(1, 2)

@@ -137,6 +137,17 @@ BUILT_IN: tuple[Method, ...] = (
         knob_kind="arithmetic",
         family="infllmv2",
     ),
+    Method(
+        "nsa@fla",
+        "dashbench.baselines.fla_nsa:prepare",
+        "Native Sparse Attention by flash-linear-attention's Triton kernels; at most 32 selected blocks",
+        phases=("prefill", "decode", "train"),
+        knob="top_k",
+        knob_kind="arithmetic",
+        requires={"fla": "fla-core==0.6.0"},
+        min_capability=(8, 0),
+        family="nsa",
+    ),
 )
 
 

@@ -18,11 +18,11 @@ left.
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -169,8 +169,8 @@ class Timer:
         torch.cuda.current_stream().wait_stream(stream)
         copies = self.calls = len(self.operators)
         self._record()
-        # How long a call lasts is asked of the graph, not of an eager call, which may be all launch: too short
-        # a replay would time the replaying.
+        # The graph is asked how long a call lasts, not an eager call, which may be all launch: too short a
+        # replay would time the replaying.
         for _ in range(2):
             ((begin, end),) = _events(1)
             begin.record()
@@ -336,8 +336,8 @@ class Timer:
         emptied = dropped > 0 and len(bad) - dropped < self.options.min_samples
         keep = [emptied or not b for b in bad]
         samples = [s for s, k in zip(self.samples, keep, strict=True) if k]
-        ends = itertools.accumulate(self.slice_samples, initial=0)
-        slices = [sum(keep[a:b]) for a, b in itertools.pairwise(ends)]
+        ends = accumulate(self.slice_samples, initial=0)
+        slices = [sum(keep[a:b]) for a, b in pairwise(ends)]
         latency = float(np.median(samples))
         interval = percentile_interval(resampled_medians(samples, seed, slices), latency)
         on_gpu = self.device == "cuda"

@@ -43,7 +43,7 @@ def test_slicing_rows_changes_nothing(monkeypatch):
     rows = torch.arange(29)
     whole = reference.attention_rows(problem.query, problem.key, problem.value, rows)
     gradients = reference.dense_gradients(problem)
-    monkeypatch.setattr(reference.row_slices, "__defaults__", (1000,))
+    monkeypatch.setattr(reference.row_slices, "__defaults__", (1000, None))
     torch.testing.assert_close(
         reference.attention_rows(problem.query, problem.key, problem.value, rows),
         whole,
@@ -58,6 +58,7 @@ def test_row_slices_cover_everything_within_the_budget():
     slices = list(reference.row_slices(10, 300, budget=1000))
     assert [(s.start, s.stop) for s in slices] == [(0, 3), (3, 6), (6, 9), (9, 10)]
     assert [(s.start, s.stop) for s in reference.row_slices(2, 5000, budget=1000)] == [(0, 1), (1, 2)]
+    assert [(s.start, s.stop) for s in reference.row_slices(5, 1, most=3)] == [(0, 3), (3, 5)]
 
 
 @pytest.mark.parametrize("select", [False, True])

@@ -73,6 +73,27 @@ def test_a_backend_that_refuses_grouped_heads_gets_expanded_ones_and_says_so(mon
     check(prefill, operator)
 
 
+def test_the_switches_are_left_as_they_were():
+    names = ("flash", "mem_efficient", "math", "cudnn")
+    torch.backends.cuda.enable_mem_efficient_sdp(False)
+    try:
+        before = [getattr(torch.backends.cuda, f"{n}_sdp_enabled")() for n in names]
+        dense.prepare_flash(make_problem("prefill", 20)).run()
+        with pytest.raises(Unsupported):
+            dense.prepare_cudnn(make_problem("prefill", 20))
+        assert [getattr(torch.backends.cuda, f"{n}_sdp_enabled")() for n in names] == before
+    finally:
+        torch.backends.cuda.enable_mem_efficient_sdp(True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("backend", ["flash", "cudnn"])
+def test_on_a_gpu_the_reason_of_a_refusal_is_pytorchs(backend):
+    with pytest.raises(Unsupported, match=r"refuses: Expected query, key and value to all be of dtype"):
+        PREPARE[backend](make_problem("prefill", 64, head_dim=64, dtype=torch.float32, device="cuda"))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("phase", ["prefill", "decode", "train"])

@@ -28,8 +28,8 @@ def timed(launch, *operators):
 
 
 def test_agrees_with_triton_on_a_matmul():
-    """Zeros keep the chip below its power cap. With random data the clock follows the load, and Triton's, which
-    flushes the cache between calls, is lighter than ours: the timers would disagree about the chip, not about time.
+    """Zeros keep the chip below its power cap. With random data the clock follows the load, and Triton's
+    load, a flush of the cache between calls, is lighter than ours: they would differ by the chip, not by the timer.
     """
     from triton.testing import do_bench
 

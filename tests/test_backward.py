@@ -1,0 +1,274 @@
+"""Every gradient of the backward against autograd through float64."""
+
+import math
+
+import pytest
+import torch
+
+from dashbench.kernels.backward import BackwardLaunch, RoutingGradient, attention_gradients
+from dashbench.kernels.backward_lists import chunk_lists, tile_lists
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def entmax(z, alpha):
+    """Entmax of the last dimension by bisection; the gradient flows through one exact Newton step at the
+    root."""
+    x = (alpha - 1) * z
+    low, high = x.max(-1, keepdim=True).values - 1, x.max(-1, keepdim=True).values
+    for _ in range(80):
+        middle = (low + high) / 2
+        total = (x - middle).clamp(min=0).pow(1 / (alpha - 1)).sum(-1, keepdim=True)
+        low, high = torch.where(total > 1, middle, low), torch.where(total > 1, high, middle)
+    fixed = high.detach()
+    excess = (x - fixed).clamp(min=0)
+    inside = excess > 0
+    safe = torch.where(inside, excess, torch.ones_like(excess))
+    slope = torch.where(inside, safe.pow(1 / (alpha - 1) - 1), 0) / (alpha - 1)
+    total = torch.where(inside, safe.pow(1 / (alpha - 1)), 0).sum(-1, keepdim=True)
+    tau = fixed + (total - 1) / slope.sum(-1, keepdim=True).detach()
+    excess = (x - tau).clamp(min=0)
+    return torch.where(inside, torch.where(inside, excess, 1.0).pow(1 / (alpha - 1)), 0), fixed
+
+
+def dash(q, k, v, q_bar, chunk, gamma, sigma, alpha, mode, detach, storage):
+    """DashAttention in the inputs' dtype, dense: output, lse, summaries, tau, bit mask."""
+    batch, query_heads, n, d = q.shape
+    kv_heads = k.shape[1]
+    group, chunks = query_heads // kv_heads, math.ceil(n / chunk)
+    scale = d**-0.5
+    own = torch.arange(n, device=q.device) // chunk
+    per_chunk = q_bar.expand(batch, chunks, kv_heads, d).transpose(1, 2) if q_bar.ndim == 2 else q_bar
+    full = max(chunks - 1, 0)
+    kc = k[:, :, : full * chunk].reshape(batch, kv_heads, full, chunk, d)
+    a = torch.softmax((kc * per_chunk[:, :, :full, None]).sum(-1) * scale, -1)
+    k_bar = (a[..., None] * kc).sum(-2)
+    # The router reads summaries in the storage dtype; rounding passes the gradient through.
+    k_bar = k_bar + (k_bar.to(storage).to(k_bar.dtype) - k_bar).detach()
+    visible = torch.arange(full, device=q.device)[None] < own[:, None]
+    qg = q.reshape(batch, kv_heads, group, n, d)
+    tau = torch.zeros(batch, kv_heads, group, n, dtype=q.dtype, device=q.device)
+    bias = torch.zeros(batch, kv_heads, n, chunks, dtype=q.dtype, device=q.device)
+    routed = torch.zeros(batch, kv_heads, n, chunks, dtype=torch.bool, device=q.device)
+    first = min(chunk, n)
+    if full and n > chunk:
+        z = torch.einsum("bhgid,bhcd->bhgic", qg, k_bar) * (gamma * scale)
+        z = z.masked_fill(~visible, -1e4)[..., first:, :]
+        p, tau_late = entmax(z, alpha)
+        tau = torch.cat([tau[..., :first], tau_late[..., 0]], -1)
+        w = p.mean(2)
+        member = w > 1e-20
+        log_w = torch.where(member, torch.where(member, w, 1.0).log(), 0)
+        if mode == "centered":
+            mean = log_w.sum(-1, keepdim=True) / member.sum(-1, keepdim=True)
+            log_w = (log_w - (mean.detach() if detach else mean)) / sigma
+        elif mode == "none":
+            log_w = torch.zeros_like(log_w)
+        log_w = torch.where(member, log_w, 0)
+        bias = torch.cat([bias[:, :, :first], torch.nn.functional.pad(log_w, (0, chunks - full))], 2)
+        routed = torch.cat([routed[:, :, :first], torch.nn.functional.pad(member, (0, chunks - full))], 2)
+    out, lse = attend(q, k, v, routed, bias, chunk)
+    return out, lse, k_bar, tau.reshape(batch, query_heads, n), routed
+
+
+def attend(q, k, v, routed, bias, chunk):
+    batch, query_heads, n, d = q.shape
+    kv_heads = k.shape[1]
+    own = torch.arange(n, device=q.device) // chunk
+    causal = torch.arange(n, device=q.device)[None] <= torch.arange(n, device=q.device)[:, None]
+    diagonal = own[None] == own[:, None]
+    allowed = (routed[..., own] | diagonal) & causal
+    scores = torch.einsum("bhgid,bhtd->bhgit", q.reshape(batch, kv_heads, -1, n, d), k) * d**-0.5
+    scores = scores + torch.where(diagonal, 0, bias[..., own])[:, :, None]
+    scores = scores.masked_fill(~allowed[:, :, None], float("-inf"))
+    out = torch.einsum("bhgit,bhtd->bhgid", scores.softmax(-1), v).reshape(q.shape)
+    return out, scores.logsumexp(-1).reshape(batch, query_heads, n)
+
+
+def pack(routed):
+    words = math.ceil(routed.shape[-1] / 32)
+    bits = (
+        torch.nn.functional.pad(routed, (0, words * 32 - routed.shape[-1])).long().unflatten(-1, (words, 32))
+    )
+    packed = (bits << torch.arange(32, device=routed.device)).sum(-1)
+    return torch.where(packed >= 1 << 31, packed - (1 << 32), packed).int()
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """Uninitialised memory holds NaN, or an integer that no list contains."""
+    empty, empty_like = torch.empty, torch.empty_like
+
+    def fill(tensor):
+        return tensor.fill_(float("nan") if tensor.is_floating_point() else -1)
+
+    monkeypatch.setattr(torch, "empty", lambda *args, **options: fill(empty(*args, **options)))
+    monkeypatch.setattr(torch, "empty_like", lambda *args, **options: fill(empty_like(*args, **options)))
+
+
+def make(n, group, kv_heads=2, d=64, batch=1, dtype=torch.float32, seed=0, per_chunk=0, token_major=False):
+    """q, k, v, summary query and the output's gradient; values are rounded to `dtype` before anything reads
+    them."""
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(heads):
+        if token_major:
+            return torch.randn(batch, n, heads, d, generator=g).to(DEVICE, dtype).transpose(1, 2)
+        return torch.randn(batch, heads, n, d, generator=g).to(DEVICE, dtype)
+
+    q, k, v, grad = draw(kv_heads * group), draw(kv_heads), draw(kv_heads), draw(kv_heads * group)
+    shape = (batch, kv_heads, per_chunk, d) if per_chunk else (kv_heads, d)
+    return q, k, v, torch.randn(*shape, generator=g).to(DEVICE, dtype), grad
+
+
+def relative(ours, exact):
+    return ((ours.double() - exact).norm() / exact.norm().clamp(min=1e-30)).item()
+
+
+def gradients(
+    n, group, mode="centered", sigma=1.0, alpha=1.5, gamma=6.0, detach=False, chunk=16, launch=None,
+    deterministic=False, **shape,
+):  # fmt: skip
+    """Ours and the exact gradients of q, k, v and the summary query, and the routing that both used."""
+    q, k, v, q_bar, grad = make(n, group, **shape)
+    exact = [x.double().requires_grad_() for x in (q, k, v, q_bar)]
+    out, lse, k_bar, tau, routed = dash(*exact, chunk, gamma, sigma, alpha, mode, detach, q.dtype)
+    out.backward(grad.double())
+    routing = RoutingGradient(
+        k_bar.detach().to(q.dtype), q_bar, tau.detach().float(), mode, gamma, sigma, alpha, detach
+    )
+    ours = attention_gradients(
+        grad,
+        q,
+        k,
+        v,
+        out.detach().to(q.dtype),
+        lse.detach().float(),
+        pack(routed),
+        chunk,
+        routing,
+        deterministic,
+        launch,
+    )
+    return ours, [torch.zeros_like(x) if x.grad is None else x.grad for x in exact], routed
+
+
+def check(ours, exact, tolerance):
+    names = ("q", "k", "v", "summary query")[: len(exact)]
+    for name, mine, true in zip(names, ours, exact, strict=True):
+        assert mine.shape == true.shape
+        if true.abs().max() < 1e-12:
+            assert mine.abs().max() < 1e-5, name
+        else:
+            assert relative(mine, true) < tolerance, f"gradient of {name}: {relative(mine, true):.2e}"
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        dict(n=70, group=4),
+        dict(n=70, group=4, detach=True),
+        dict(n=70, group=4, mode="raw"),
+        dict(n=70, group=4, alpha=1.25),
+        dict(n=70, group=2, alpha=2.0),
+        dict(n=70, group=4, sigma=1e6),
+        dict(n=70, group=1, sigma=0.5),
+        dict(n=70, group=3),
+        dict(n=52, group=16, kv_heads=1),
+        dict(n=70, group=4, d=128, kv_heads=1, chunk=32),
+        dict(n=40, group=2, batch=2, token_major=True),
+        dict(n=70, group=4, per_chunk=5),
+        dict(n=70, group=4, launch=BackwardLaunch(tile=8, splits=3)),
+        dict(n=70, group=4, launch=BackwardLaunch(tile=8, splits=2), deterministic=True),
+        dict(n=70, group=4, deterministic=True),
+        dict(n=70, group=3, alpha=1.25, mode="raw", deterministic=True),
+    ],
+    ids=lambda case: "-".join(f"{name}={value}" for name, value in case.items() if name != "launch"),
+)
+def test_gradients_match_float64(case):
+    """sigma = 1 makes the routing's share as large as the attention's, so an error in either shows."""
+    ours, exact, routed = gradients(**case)
+    assert 0 < routed.float().mean() < 0.5 and exact[3].abs().max() > 0
+    check(ours, exact, 2e-5)
+
+
+@pytest.mark.parametrize("n", [1, 15, 16, 17, 32, 33])
+def test_chunk_borders_and_empty_routing(n):
+    ours, exact, routed = gradients(n, 2)
+    assert bool(routed.any()) == (n > 16)
+    check(ours, exact, 2e-5)
+
+
+def test_no_bias_leaves_only_the_attention():
+    ours, exact, _ = gradients(40, 2, mode="none")
+    check(ours[:3], exact[:3], 2e-5)
+    assert ours[3] is None
+
+
+@pytest.mark.parametrize("density", [0.0, 0.4])
+def test_block_sparse_attention_with_a_constant_mask(density):
+    q, k, v, _, grad = make(75, 4)
+    own = torch.arange(75, device=DEVICE) // 16
+    routed = torch.rand(1, 2, 75, 5, generator=torch.Generator().manual_seed(1)).to(DEVICE) < density
+    exact = [x.double().requires_grad_() for x in (q, k, v)]
+    earlier = routed & (torch.arange(5, device=DEVICE)[None] < own[:, None])
+    out, lse = attend(*exact, earlier, torch.zeros_like(routed, dtype=torch.double), 16)
+    out.backward(grad.double())
+    # Bits at or behind the own chunk are set, too, and must be ignored.
+    ours = attention_gradients(grad, q, k, v, out.detach().float(), lse.detach().float(), pack(routed), 16)
+    check(ours[:3], [x.grad for x in exact], 2e-5)
+    assert ours[3] is None
+
+
+def test_deterministic_twice_is_bitwise_equal():
+    launch = BackwardLaunch(tile=8, splits=2)
+    first, _, _ = gradients(70, 4, deterministic=True, launch=launch)
+    second, _, _ = gradients(70, 4, deterministic=True, launch=launch)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_lists_enumerate_the_mask():
+    n, chunk, tile = 83, 16, 4
+    routed = torch.rand(2, 1, n, 6, generator=torch.Generator().manual_seed(2)) < 0.3
+    mask = pack(routed).to(DEVICE)
+    by_tile, by_chunk = {}, {}
+    for b in range(2):
+        for i in range(n):
+            for c in range(i // chunk):
+                if routed[b, 0, i, c]:
+                    key = (b, i // tile, c)
+                    by_tile[key] = by_tile.get(key, 0) | 1 << i % tile
+    by_chunk = {(b, c, t): bits for (b, t, c), bits in by_tile.items()}
+    per_chunk, tiles, chunks = chunk // tile, -(-n // tile), -(-n // chunk)
+    entries, counts = (x.cpu() for x in tile_lists(mask, chunk, tile))
+    found = {}
+    for b in range(2):
+        for t in range(tiles):
+            own = t // per_chunk
+            start = per_chunk * own * (own - 1) // 2 + t % per_chunk * own
+            row = entries[b, 0, start : start + counts[b, 0, t]].tolist()
+            assert row == sorted(row, key=lambda entry: entry & 0xFFFF)
+            found |= {(b, t, entry & 0xFFFF): entry >> 16 for entry in row}
+    assert found == by_tile and len(found) == counts.sum()
+    entries, counts = (x.cpu() for x in chunk_lists(mask, chunk, tile))
+    found = {}
+    for b in range(2):
+        for c in range(chunks):
+            start = c * tiles - per_chunk * (c * (c + 1) // 2)
+            row = entries[b, 0, start : start + counts[b, 0, c]].tolist()
+            assert row == sorted(row)
+            found |= {(b, c, entry >> tile): entry & 15 for entry in row}
+    assert found == by_chunk and len(found) == counts.sum()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(dict(d=32), "head dim 32"), (dict(chunk=24), "chunk size 24")],
+    ids=["head dim", "chunk size"],
+)
+def test_refuses_what_it_does_not_cover(change, message):
+    chunk = change.pop("chunk", 16)
+    q, k, v, _, grad = make(20, 2, **change)
+    mask = torch.zeros(1, 2, 20, 1, dtype=torch.int32, device=DEVICE)
+    with pytest.raises(ValueError, match=message):
+        attention_gradients(grad, q, k, v, q, torch.zeros(1, 4, 20, device=DEVICE), mask, chunk)
