@@ -29,7 +29,7 @@ def timed(launch, *operators):
 
 def test_agrees_with_triton_on_a_matmul():
     """Zeros keep the chip below its power cap. With random data the clock follows the load, and Triton's
-    load, a flush of the cache between calls, is lighter than ours: they would differ by the chip, not by the timer.
+    load, a flush of the cache between calls, is lighter than ours: the chips would differ, not the timers.
     """
     from triton.testing import do_bench
 
