@@ -8,6 +8,8 @@ import os
 import platform
 import subprocess
 import time
+from collections.abc import Callable
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,19 @@ from dashbench.timing import TIMER_VERSION
 # Packages whose version changes what is measured.
 PACKAGES = ("torch", "triton", "flash-attn", "fa3-fwd", "fla-core", "adasplash", "transformers", "numpy")
 # What decides whether two rows may stand side by side. Clocks, host names and our own commit do not.
-KEY_FIELDS = ("device", "capability", "driver", "cuda", "torch", "triton", "python", "timer", "cpu")
+KEY_FIELDS = (
+    "device",
+    "capability",
+    "driver",
+    "cuda",
+    "cudnn",
+    "torch",
+    "triton",
+    "python",
+    "timer",
+    "cpu",
+    "threads",
+)
 
 
 def _version(package: str) -> str | None:
@@ -64,6 +78,10 @@ def describe(device: str) -> dict[str, Any]:
 
     Args:
         device: `cpu` or `cuda`.
+
+    Returns:
+        JSON-ready facts. A fact that cannot be had is None; `gpu_id` tells boards of one kind apart without
+        publishing their serial numbers.
     """
     out: dict[str, Any] = {
         "kind": device,
@@ -72,6 +90,7 @@ def describe(device: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "cuda": torch.version.cuda if device == "cuda" else None,
+        "cudnn": torch.backends.cudnn.version() if device == "cuda" else None,
         "driver": None,
         "capability": None,
         "timer": TIMER_VERSION,
@@ -80,6 +99,7 @@ def describe(device: str) -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu": _cpu() if device == "cpu" else None,
         "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads() if device == "cpu" else None,
         "tf32": torch.backends.cuda.matmul.allow_tf32,
         "git": _git(),
         "memory_bytes": None,
@@ -93,6 +113,7 @@ def describe(device: str) -> dict[str, Any]:
             "memory_bytes": properties.total_memory,
             "l2_bytes": properties.L2_cache_size,
             "multiprocessors": properties.multi_processor_count,
+            "gpu_id": hashlib.sha256(str(properties.uuid).encode()).hexdigest()[:8],
         }
         try:
             import pynvml
@@ -102,49 +123,57 @@ def describe(device: str) -> dict[str, Any]:
             out["driver"] = driver.decode() if isinstance(driver, bytes) else driver
         except Exception:  # the driver version is a nicety
             pass
-    else:
-        out["threads"] = torch.get_num_threads()
     return out
 
 
 def key(environment: dict[str, Any]) -> str:
-    """8 hex digits: equal where rows may be compared."""
+    """8 hex digits: equal where rows may be compared (same GPU model, software and timer; any host or
+    board)."""
     text = json.dumps({name: environment.get(name) for name in KEY_FIELDS}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def ceilings(device: str, seconds: float = 0.3) -> dict[str, float]:
-    """Measured best rates: a large matrix product on random data and a copy that counts bytes read and
-    written.
+    """Measured best rates of this machine: the fastest of repeated calls, because a ceiling is not a median.
+
+    On a GPU an 8192³ bf16 product of random data and a copy of 1 GiB; on a CPU a 1024³ product in fp32 or
+    bf16, whichever is faster, and a copy of 64 MiB. A copy counts bytes read and bytes written.
+
+    Args:
+        device: `cpu` or `cuda`.
+        seconds: to spend on each product and on the copy, once five calls are done.
 
     Returns:
-        `{"matmul_tflops", "copy_tb_per_s", "matmul_dtype"…}`; the median over `seconds` of each.
+        `{"matmul_tflops", "copy_tb_per_s"}`.
     """
     on_gpu = device == "cuda"
-    size, dtype = (8192, torch.bfloat16) if on_gpu else (1024, torch.float32)
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    product = torch.empty_like(a)
-    source = torch.randn((1 << 30) // 4 if on_gpu else (1 << 26) // 4, device=device)
+    size, dtypes = (8192, [torch.bfloat16]) if on_gpu else (1024, [torch.float32, torch.bfloat16])
+    rates = []
+    for dtype in dtypes:
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        product = torch.empty_like(a)
+        rates.append(2 * size**3 / _best_s(partial(torch.matmul, a, b, out=product), device, seconds) / 1e12)
+    source = torch.randn((1 << 30 if on_gpu else 1 << 26) // 4, device=device)
     target = torch.empty_like(source)
+    copy = 2 * source.numel() * 4 / _best_s(partial(target.copy_, source), device, seconds) / 1e12
+    return {"matmul_tflops": round(max(rates), 4), "copy_tb_per_s": round(copy, 4)}
 
-    def best_s(call) -> float:
-        call()
-        times = []
-        begin = time.perf_counter()
-        while len(times) < 5 or time.perf_counter() - begin < seconds:
-            if on_gpu:
-                e = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-                e[0].record()
-                call()
-                e[1].record()
-                torch.cuda.synchronize()
-                times.append(e[0].elapsed_time(e[1]) / 1e3)
-            else:
-                t = time.perf_counter()
-                call()
-                times.append(time.perf_counter() - t)
-        return min(times)
 
-    matmul = 2 * size**3 / best_s(lambda: torch.matmul(a, b, out=product)) / 1e12
-    copy = 2 * source.numel() * 4 / best_s(lambda: target.copy_(source)) / 1e12
-    return {"matmul_tflops": round(matmul, 4), "copy_tb_per_s": round(copy, 4)}
+def _best_s(call: Callable[[], object], device: str, seconds: float) -> float:
+    """Seconds of the fastest of at least five calls after a first one."""
+    call()
+    times: list[float] = []
+    begin = time.perf_counter()
+    while len(times) < 5 or time.perf_counter() - begin < seconds:
+        if device == "cuda":
+            events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            events[0].record()
+            call()
+            events[1].record()
+            torch.cuda.synchronize()
+            times.append(events[0].elapsed_time(events[1]) / 1e3)
+        else:
+            started = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - started)
+    return min(times)

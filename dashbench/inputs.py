@@ -201,7 +201,8 @@ def _plan(
         # at L − 1.
         own = (every_row + point.context - rows) // point.block_size
         table = torch.cat([torch.ones_like(sink), features], 1) * amplitude
-        return _Plan(torch.cat([sink, features], 1) * amplitude, lambda g: table, own)
+        # The first chunk is wanted as a sink by all alike, not by those near it more.
+        return _Plan(torch.cat([sink, features * (1 - sink)], 1) * amplitude, lambda g: table, own)
 
     topics = min(int(options["topics"]), dim // 2)
     eye = torch.eye(topics, device=device) * amplitude
@@ -217,16 +218,15 @@ def _plan(
     strength = 0.8 + 0.4 * torch.rand(chunks, 1, generator=host)
     segment = _segments(rows, options["segment"], host)
     count = int(segment[-1]) + 1
-    agrees = torch.rand(group, count, 1, generator=host).to(device) < options["agreement"]
     shared = torch.rand(count, topics, generator=noise, device=device)
+    everyone = options["agreement"] >= 1
+    follows = None if everyone else torch.rand(group, count, 1, generator=host) < options["agreement"]
 
     def table(g: int) -> torch.Tensor:
-        if options["agreement"] >= 1:
+        if everyone:
             return shared * amplitude
-        return (
-            torch.where(agrees[g], shared, torch.rand(shared.shape, generator=noise, device=device))
-            * amplitude
-        )
+        own = torch.rand(shared.shape, generator=noise, device=device)
+        return torch.where(follows[g].to(device), shared, own) * amplitude
 
     return _Plan(eye[of_chunk.to(device)] * strength.to(device), table, segment.to(device))
 

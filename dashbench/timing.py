@@ -22,7 +22,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -166,22 +166,31 @@ class Timer:
         with torch.cuda.stream(stream):
             for operator in self.operators:
                 operator.run()
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            self.operators[0].run()
-            end.record()
         torch.cuda.current_stream().wait_stream(stream)
-        torch.cuda.synchronize()
-        copies = len(self.operators)
-        wanted = max(copies, math.ceil(REPLAY_MS / max(begin.elapsed_time(end), 1e-3)))
-        self.calls = min(
-            math.ceil(wanted / copies) * copies, max(copies, MAX_CALLS_IN_GRAPH // copies * copies)
-        )
+        copies = self.calls = len(self.operators)
+        self._record()
+        # The graph is asked how long a call lasts, not an eager call, which may be all launch: too short a
+        # replay would time the replaying.
+        for _ in range(2):
+            ((begin, end),) = _events(1)
+            begin.record()
+            self._graph.replay()
+            end.record()
+            torch.cuda.synchronize()
+        wanted = math.ceil(REPLAY_MS / max(begin.elapsed_time(end), 1e-3))
+        rounds = min(wanted, max(1, MAX_CALLS_IN_GRAPH // copies))
+        if rounds > 1:
+            self.calls = rounds * copies
+            self._graph = self._static = None
+            self._record()
+
+    def _record(self) -> None:
+        """Captures `self.calls` calls, through the copies in turn, and keeps the output of the first."""
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):
                 for call in range(self.calls):
-                    output = self.operators[call % copies].run()
+                    output = self.operators[call % len(self.operators)].run()
                     if call == 0:
                         self._static = output
         except RuntimeError as problem:
@@ -289,7 +298,7 @@ class Timer:
         return stop_reason(self.samples, self.seconds, self.options)
 
     def gpu_ms(self, latency: float) -> float:
-        """Median GPU time (ms) of a call with its launch hidden behind a blocking kernel.
+        """GPU time (ms) of a call in a row of them, their launches hidden behind a blocking kernel.
 
         Args:
             latency: ms of a call with its launch; long calls hide their own launch and this is returned.
@@ -297,14 +306,17 @@ class Timer:
         if latency > LONG_CALL_MS:
             return latency
         queue_ms = 1.5 * HIDDEN_CALLS * float(np.median(self.host)) + 0.5
-        events = _events(HIDDEN_CALLS)
-        torch.cuda._sleep(int(queue_ms * 2e6))  # cycles, at about 2 GHz
-        for begin, end in events:
+        times = []
+        for _ in range(3):
+            ((begin, end),) = _events(1)
+            torch.cuda._sleep(int(queue_ms * 2e6))  # cycles, at about 2 GHz
             begin.record()
-            self._call()
+            for _ in range(HIDDEN_CALLS):
+                self._call()
             end.record()
-        torch.cuda.synchronize()
-        return float(np.median([begin.elapsed_time(end) for begin, end in events]))
+            torch.cuda.synchronize()
+            times.append(begin.elapsed_time(end) / HIDDEN_CALLS)
+        return float(np.median(times))
 
     def result(self, seed: int = 0) -> dict[str, Any]:
         """The time fields of a row.
@@ -324,7 +336,7 @@ class Timer:
         emptied = dropped > 0 and len(bad) - dropped < self.options.min_samples
         keep = [emptied or not b for b in bad]
         samples = [s for s, k in zip(self.samples, keep, strict=True) if k]
-        ends = np.cumsum([0, *self.slice_samples])
+        ends = accumulate(self.slice_samples, initial=0)
         slices = [sum(keep[a:b]) for a, b in pairwise(ends)]
         latency = float(np.median(samples))
         interval = percentile_interval(resampled_medians(samples, seed, slices), latency)
