@@ -112,6 +112,16 @@ BUILT_IN: tuple[Method, ...] = (
         family="fa3",
     ),
     Method(
+        "dash",
+        "dashbench.baselines.dash:prepare",
+        "DashAttention by our kernels: prefill and training",
+        phases=("prefill", "train"),
+        knob="scaling_factor",
+        knob_kind="bisect",
+        min_capability=(8, 0),
+        family="dash",
+    ),
+    Method(
         "dash@reference",
         "dashbench.baselines.dash_reference:prepare",
         "DashAttention in eager PyTorch: the specification, slow",

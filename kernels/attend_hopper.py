@@ -95,13 +95,13 @@ def _consume(
     S: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, CHUNK, 16]
     )
-    O: gl.constexpr = gl.NVMMADistributedLayout(
+    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, HEAD_DIM, 16]
     )
     Q: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=S, k_width=2)
-    P: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=O, k_width=2)
+    P: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=O_LAYOUT, k_width=2)
     S_ROW: gl.constexpr = gl.SliceLayout(1, S)
-    O_ROW: gl.constexpr = gl.SliceLayout(1, O)
+    O_ROW: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
     dtype: gl.constexpr = query.dtype.element_ty
     first = first_query + PART * QUERIES
     row = gl.arange(0, ROWS, gl.SliceLayout(1, Q))
@@ -125,7 +125,7 @@ def _consume(
     weights = gl.exp2(s * scale_log2 - peak[:, None])
     total = gl.sum(weights, 1)
     p = gl.convert_layout(weights.to(dtype), P)
-    accumulator = gl.zeros([ROWS, HEAD_DIM], gl.float32, O)
+    accumulator = gl.zeros([ROWS, HEAD_DIM], gl.float32, O_LAYOUT)
 
     for j in range(1, count + 1):
         slot = j % STAGES
@@ -158,7 +158,7 @@ def _consume(
     accumulator = warpgroup_mma_wait(0, deps=(accumulator,))
     accumulator = accumulator / gl.convert_layout(total, O_ROW)[:, None]
     out_row = gl.arange(0, ROWS, O_ROW)
-    out_dim = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, O))
+    out_dim = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, O_LAYOUT))
     out_offset = (out_row % GROUP).to(gl.int64) * out_stride_h + (first + out_row // GROUP).to(
         gl.int64
     ) * out_stride_n

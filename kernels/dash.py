@@ -130,7 +130,8 @@ def dash_attention(
         raise ValueError(f"layout is bhnd or bnhd, got {layout!r}")
     if chosen.bias_mode == "raw" or (chosen.bias_mode == "centered" and chosen.sigma < NEGLIGIBLE_BIAS_SIGMA):
         raise ValueError(
-            "the kernels' forward adds no bias to the scores yet: bias_mode 'raw' and small sigma run in dashbench.kernels.reference only"
+            "the kernels' forward adds no bias to the scores: bias_mode 'raw' and centered with sigma < 1e5 "
+            "run in dashbench.kernels.reference only"
         )
     if layout == "bnhd":
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))

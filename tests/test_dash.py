@@ -12,7 +12,7 @@ from dashbench.kernels.route import route_chunks
 from dashbench.kernels.summarize import summarize_chunks
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # the interpreter has no bf16 products
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32  # the interpreter has no bf16 products
 
 
 def planted(n, batch=1, kv_heads=2, group=4, dim=64, chunk=16, seed=0, strength=3.0):
