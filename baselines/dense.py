@@ -25,7 +25,7 @@ from collections.abc import Callable
 
 import torch
 from torch.backends import cuda
-from torch.nn.attention import SDPBackend
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from dashbench.baselines.api import Operator, Problem, Unsupported
@@ -164,22 +164,25 @@ def _operator(problem: Problem, backend: SDPBackend, enable_gqa: bool) -> Operat
 def _try(run: Callable[[], torch.Tensor], backend: SDPBackend) -> None:
     """One untimed call, to learn whether the backend takes this problem.
 
+    Under `sdpa_kernel` too: beside the four switches it forbids the "overrideable" backend, which otherwise
+    answers a refusal with "Invalid backend" before PyTorch has explained itself.
+
     Raises:
         Unsupported: it does not; the message holds the warnings in which PyTorch explains why.
     """
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         try:
-            run()
+            with sdpa_kernel(backend):
+                run()
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError) or not any(r in str(error) for r in _REFUSALS):
                 raise
             told = [str(w.message).split(" (Triggered")[0].strip() for w in said]
             own = backend.name.split("_")[0].lower()
             reasons, mine = [], False
-            for (
-                line
-            ) in told:  # "<Backend> attention kernel not used because:" heads the reasons that follow it
+            # "<Backend> attention kernel not used because:" heads the reasons that follow it.
+            for line in told:
                 if line.endswith("because:"):
                     mine = own in line.lower() or (own == "efficient" and "memory" in line.lower())
                 elif mine and "runtime disabled" not in line:

@@ -155,7 +155,8 @@ def _operator(
                 "cache_seqlens": cache_seqlens,
                 "scheduler_metadata": module.get_scheduler_metadata(
                     batch, query.shape[1], length, query.shape[2], key.shape[2], query.shape[3],
-                    cache_seqlens, qkv_dtype=query.dtype, causal=False, num_splits=num_splits, pack_gqa=pack_gqa,
+                    cache_seqlens, qkv_dtype=query.dtype, causal=False, num_splits=num_splits,
+                    pack_gqa=pack_gqa,
                 ),
             }  # fmt: skip
         notes |= {"num_splits": num_splits, "pack_gqa": pack_gqa, "lengths": lengths}

@@ -174,8 +174,7 @@ class Compressor:
 
 
 class Nsa(BlockSparseReference):
-    """NSA for the shapes, seed and block size of one problem, by windows other than block / 2, / 4 if
-    given."""
+    """NSA for the shapes, seed and block size of one problem, other windows than its own if given."""
 
     def __init__(self, problem: Problem, settings: NsaSettings, windows: Windows | None = None):
         block = problem.block_size

@@ -62,6 +62,7 @@ BUILT_IN: tuple[Method, ...] = (
         devices=("cpu", "cuda"),
         phases=("prefill", "decode", "train"),
         dtypes=_ALL,
+        tested="torch 2.11 on an H200, torch 2.13 on a CPU",
         family="dense",
     ),
     Method(
@@ -69,6 +70,7 @@ BUILT_IN: tuple[Method, ...] = (
         "dashbench.baselines.dense:prepare_cudnn",
         "cuDNN's fused attention (SDPA, backend pinned)",
         phases=("prefill", "decode", "train"),
+        tested="torch 2.11 on an H200",
         family="dense",
     ),
     Method(
@@ -77,6 +79,7 @@ BUILT_IN: tuple[Method, ...] = (
         "xFormers-style memory-efficient attention inside PyTorch (SDPA, backend pinned)",
         phases=("prefill", "decode", "train"),
         dtypes=_ALL,
+        tested="torch 2.11 on an H200",
         family="dense",
     ),
     Method(
@@ -86,6 +89,7 @@ BUILT_IN: tuple[Method, ...] = (
         devices=("cpu", "cuda"),
         phases=("prefill", "decode", "train"),
         dtypes=_ALL,
+        tested="torch 2.11 on an H200, torch 2.13 on a CPU",
         family="dense",
     ),
     Method(
@@ -94,14 +98,17 @@ BUILT_IN: tuple[Method, ...] = (
         "FlashAttention-3, forward only: prefill by flash_attn_func, decode by flash_attn_with_kvcache",
         requires={"flash_attn_interface|fa3_fwd_interface": "fa3-fwd==0.0.3"},
         min_capability=(9, 0),
+        tested="fa3-fwd 0.0.3 on an H200",
         family="fa3",
     ),
     Method(
         "fa3@fp8",
         "dashbench.baselines.flash_attention3:prepare_fp8",
         "FlashAttention-3 on e4m3 inputs quantised before the timed region, bf16 output, forward only",
+        dtypes=("bfloat16",),
         requires={"flash_attn_interface|fa3_fwd_interface": "fa3-fwd==0.0.3"},
         min_capability=(9, 0),
+        tested="fa3-fwd 0.0.3 on an H200",
         family="fa3",
     ),
     Method(
@@ -113,6 +120,7 @@ BUILT_IN: tuple[Method, ...] = (
         dtypes=_ALL,
         knob="scaling_factor",
         knob_kind="bisect",
+        tested="torch 2.13 on a CPU",
         family="dash",
     ),
     Method(
@@ -124,6 +132,7 @@ BUILT_IN: tuple[Method, ...] = (
         dtypes=_ALL,
         knob="top_k",
         knob_kind="arithmetic",
+        tested="torch 2.11 on an H200, torch 2.13 on a CPU",
         family="nsa",
     ),
     Method(
@@ -135,6 +144,7 @@ BUILT_IN: tuple[Method, ...] = (
         dtypes=_ALL,
         knob="top_k",
         knob_kind="arithmetic",
+        tested="torch 2.11 on an H200, torch 2.13 on a CPU",
         family="infllmv2",
     ),
     Method(
@@ -146,6 +156,7 @@ BUILT_IN: tuple[Method, ...] = (
         knob_kind="arithmetic",
         requires={"fla": "fla-core==0.6.0"},
         min_capability=(8, 0),
+        tested="fla-core 0.6.0 on an H200 (prefill, decode)",
         family="nsa",
     ),
 )

@@ -8,10 +8,11 @@ quadratic is saved by the forward beside the bit mask: scores, probabilities and
 lse and tau.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dashbench.kernels.backward_chunk import _chunk_kernel, _combine_kernel
 from dashbench.kernels.backward_lists import chunk_lists, list_capacity, tile_lists
@@ -71,7 +72,25 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+    """The tensor itself where bulk loads can address it (contiguous rows, 16-byte units), or a copy."""
+    unit = 16 // tensor.element_size()
+    aligned = tensor.data_ptr() % 16 == 0 and all(
+        stride % unit == 0 or size == 1
+        for stride, size in zip(tensor.stride()[:3], tensor.shape[:3], strict=True)
+    )
+    return (
+        tensor if aligned and tensor.stride(-1) == 1 else tensor.clone(memory_format=torch.contiguous_format)
+    )
+
+
+def _bulk(tensor: torch.Tensor, block: list[int]) -> TensorDescriptor:
+    """Descriptor of a `[.., .., .., D]` view for bulk (TMA) loads; rows outside the tensor read as zero."""
+    unit = 16 // tensor.element_size()
+    strides = [
+        stride if size > 1 else unit
+        for stride, size in zip(tensor.stride()[:3], tensor.shape[:3], strict=True)
+    ]
+    return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], block)
 
 
 def attention_gradients(
@@ -85,6 +104,7 @@ def attention_gradients(
     chunk_size: int,
     routing: RoutingGradient | None = None,
     deterministic: bool = False,
+    padding: torch.Tensor | None = None,
     launch: BackwardLaunch | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Gradients of q, k, v and the summary query.
@@ -94,7 +114,9 @@ def attention_gradients(
     float32, natural logarithm of the softmax denominator. mask: `[B, Hkv, N, W]` int32, W >= ceil(M / 32):
     chunks that each query attends before its own, which is always attended causally. Without `routing` the
     mask is a constant (block-sparse attention as NSA and InfLLMv2 use it) and the fourth result is None;
-    otherwise it is the summary query's gradient in float32, in the summary query's shape.
+    otherwise it is the summary query's gradient in float32, in the summary query's shape. padding: `[B]`
+    int32, tokens at the left of each sequence that are no part of it; they are attended by nobody, their
+    summaries' share is zero, and so are their gradients.
 
     Only the chunk summaries' gradient is summed atomically, in float32; with `deterministic` it is summed
     in list order by the chunk-outer kernel instead, and every result is then bitwise reproducible. Raises
@@ -134,7 +156,7 @@ def attention_gradients(
     shared = dict(
         HEAD_DIM=head_dim, GROUP=group, HEADS=heads, TILE=tile, CHUNK=chunk_size, BIAS=bias_mode,
         APPLY_BIAS=apply_bias,
-        ALPHA_1_5=alpha == 1.5,
+        ALPHA_1_5=alpha == 1.5, PADDED=padding is not None,
     )  # fmt: skip
 
     grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
@@ -146,18 +168,22 @@ def attention_gradients(
     grad_summary = torch.zeros(summary_parts, batch_heads, chunks, head_dim, **float32) if route else lse
     grad_summary_query = torch.empty(batch, kv_heads, chunks, head_dim, **float32) if route else lse
 
+    # A block of query rows is T positions x the group's heads, so heads stand behind positions.
+    q_rows, out_rows, grad_rows = (
+        _bulk(x.transpose(1, 2), [1, tile, heads, head_dim]) for x in (q, out, grad_out)
+    )
+    k_rows, v_rows = (_bulk(x, [1, 1, chunk_size, head_dim]) for x in (k, v))
     entries, counts = tile_lists(mask, chunk_size, tile)
     total = tiles * batch_heads
     programs = min(total, launch.query_programs * _multiprocessors(q.device))
     scratch = torch.empty(programs, 2, chunks, tile, **float32)
     counter = torch.zeros(1, dtype=torch.int32, device=q.device)
     _query_kernel[(programs,)](
-        q, k, v, out, grad_out, lse, routing.tau.contiguous() if route else lse, summary, entries, counts,
-        counter, scratch,
-        grad_q, grad_summary, statistics, *(x.stride()[:3] for x in (q, k, v, out, grad_out, grad_q,
-        summary)),
+        q_rows, k_rows, v_rows, out_rows, grad_rows, lse, routing.tau.contiguous() if route else lse, summary,
+        entries, counts, padding, counter, scratch, grad_q, grad_summary, statistics,
+        grad_q.stride()[:3], summary.stride()[:3],
         tokens, chunks, tiles, capacity, total, batch_heads, kv_heads, forced, *scalars,
-        BLOCK=32, DETACH_MEAN=route and routing.detach_mean, ATOMIC_SUMMARY=route and not deterministic,
+        BLOCK=64, DETACH_MEAN=route and routing.detach_mean, ATOMIC_SUMMARY=route and not deterministic,
         num_warps=launch.query_warps, num_stages=launch.query_stages, **shared,
     )  # fmt: skip
     del entries, scratch
@@ -173,21 +199,91 @@ def attention_gradients(
     if route:
         query_strides = (0, head_dim, 0) if summary_query.ndim == 2 else summary_query.stride()[:3]
     _chunk_kernel[(batch_heads * chunks * splits,)](
-        q, k, v, grad_out, statistics, summary, summary_query, entries, counts, order, grad_k_out, grad_v_out,
+        q_rows, k_rows, v_rows, grad_rows, statistics, summary, summary_query, entries, counts, padding,
+        order,
+        grad_k_out, grad_v_out,
         grad_summary, grad_summary_query,
-        *(x.stride()[:3] for x in (q, k, v, grad_out, grad_k, grad_v, summary)), query_strides,
+        *(x.stride()[:3] for x in (grad_k, grad_v, summary)), query_strides,
         tokens, chunks, tiles, capacity, batch_heads, kv_heads, splits, forced, *scalars,
         SUMMARY=here, FINISH=finish, num_warps=launch.chunk_warps, num_stages=launch.chunk_stages, **shared,
     )  # fmt: skip
     if not finish:
         _combine_kernel[(batch_heads * chunks,)](
-            k, summary_query, grad_k_out, grad_v_out, grad_summary, grad_k, grad_v, grad_summary_query,
+            k, summary_query, padding, grad_k_out, grad_v_out, grad_summary, grad_k, grad_v,
+            grad_summary_query,
             *(x.stride()[:3] for x in (k, grad_k, grad_v)), query_strides,
             tokens, chunks, batch_heads, kv_heads, splits, summary_parts, scale,
-            HEAD_DIM=head_dim, CHUNK=chunk_size, BIAS=bias_mode, num_warps=4,
+            HEAD_DIM=head_dim, CHUNK=chunk_size, BIAS=bias_mode, PADDED=padding is not None, num_warps=4,
         )  # fmt: skip
     if not route:
         return grad_q, grad_k, grad_v, None
     if summary_query.ndim == 2:
         grad_summary_query = grad_summary_query.sum((0, 2))
     return grad_q, grad_k, grad_v, grad_summary_query
+
+
+class _Gradients(torch.autograd.Function):
+    """Passes a finished output through and answers for its gradients."""
+
+    @staticmethod
+    def forward(
+        ctx, q, k, v, summary_query, out, lse, mask, summary, tau, padding, chunk_size, routing, deterministic
+    ):
+        ctx.save_for_backward(q, k, v, summary_query, out, lse, mask, summary, tau, padding)
+        ctx.chunk_size, ctx.routing, ctx.deterministic = chunk_size, routing, deterministic
+        return out.view_as(out)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_out):
+        q, k, v, summary_query, out, lse, mask, summary, tau, padding = ctx.saved_tensors
+        routing = ctx.routing
+        if routing is not None:
+            routing = replace(routing, summary=summary, summary_query=summary_query, tau=tau)
+        *grads, grad_summary_query = attention_gradients(
+            grad_out, q, k, v, out, lse, mask, ctx.chunk_size, routing, ctx.deterministic, padding
+        )
+        if grad_summary_query is not None:
+            grad_summary_query = grad_summary_query.to(summary_query.dtype)
+        return *grads, grad_summary_query, *([None] * 9)
+
+
+def with_gradients(
+    out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lse: torch.Tensor,
+    mask: torch.Tensor,
+    chunk_size: int,
+    routing: RoutingGradient | None = None,
+    deterministic: bool | None = None,
+    padding: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`out`, computed by any forward without a graph, connected to q, k, v (and `routing.summary_query`).
+
+    Arguments as for `attention_gradients`; they are what is kept for the backward, so nothing quadratic
+    beside the bit mask. `deterministic` None follows `torch.use_deterministic_algorithms`. The backward
+    itself is not differentiable again.
+    """
+    if deterministic is None:
+        deterministic = torch.are_deterministic_algorithms_enabled()
+    summary = summary_query = tau = None
+    if routing is not None:
+        summary, summary_query, tau = routing.summary.detach(), routing.summary_query, routing.tau.detach()
+        routing = replace(routing, summary=None, summary_query=None, tau=None)
+    return _Gradients.apply(
+        q,
+        k,
+        v,
+        summary_query,
+        out.detach(),
+        lse,
+        mask,
+        summary,
+        tau,
+        padding,
+        chunk_size,
+        routing,
+        deterministic,
+    )

@@ -32,7 +32,7 @@ def _finish_chunk(
     dim = tl.arange(0, HEAD_DIM)
     keys = keys.to(tl.float32)
     q_bar = tl.load(summary_query + dim).to(tl.float32)
-    logits = tl.where(present, tl.sum(keys * q_bar[None, :], 1) * scale, float("-inf"))
+    logits = tl.where(present, tl.sum(keys * q_bar[None, :], 1) * scale, -1e30)
     a = tl.exp(logits - tl.max(logits, 0))
     a = a / tl.sum(a, 0)
     u = tl.sum(keys * grad_k_bar[None, :], 1)
@@ -43,19 +43,18 @@ def _finish_chunk(
 
 @triton.jit
 def _attend_tile(
-    grad_k_rows, grad_v_rows, grad_k_bar, keys, values, k_bar, q_base, grad_base, offset_q, offset_grad,
-    inside, seen,
+    grad_k_rows, grad_v_rows, grad_k_bar, keys, values, k_bar, q, grad_out, batch, first_head, tile, seen,
     biased, statistics, scale_log2, route_scale, logit_scale, inverse_sigma, epsilon, power_p, power_s,
     HEAD_DIM: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, TILE: tl.constexpr,
-    ROUTED: tl.constexpr,
-    BIAS: tl.constexpr, APPLY_BIAS: tl.constexpr, SUMMARY: tl.constexpr, ALPHA_1_5: tl.constexpr,
+    ROUTED: tl.constexpr, BIAS: tl.constexpr, APPLY_BIAS: tl.constexpr, SUMMARY: tl.constexpr,
+    ALPHA_1_5: tl.constexpr,
 ):  # fmt: skip
     """Add one tile's contribution to dk, dv and, with SUMMARY, to the gradient of this chunk's summary."""
     ROWS: tl.constexpr = TILE * HEADS
     row = tl.arange(0, ROWS)
-    dim = tl.arange(0, HEAD_DIM)
-    q_rows = tl.load(q_base + offset_q[:, None] + dim[None, :], mask=inside[:, None], other=0.0)
-    grad_rows = tl.load(grad_base + offset_grad[:, None] + dim[None, :], mask=inside[:, None], other=0.0)
+    q_rows = tl.reshape(q.load([batch, tile * TILE, first_head, 0]), [ROWS, HEAD_DIM])
+    grad_rows = tl.reshape(grad_out.load([batch, tile * TILE, first_head, 0]), [ROWS, HEAD_DIM])
+    statistics += tile.to(tl.int64) * (ROWS * 6)
     lse = tl.load(statistics + row)
     delta = tl.load(statistics + ROWS + row)
     if ROUTED and (APPLY_BIAS or SUMMARY):
@@ -89,15 +88,15 @@ def _attend_tile(
 
 @triton.jit(do_not_specialize=["tokens", "chunks", "tiles", "capacity", "batch_heads", "splits", "forced"])
 def _chunk_kernel(
-    q, k, v, grad_out, statistics, summary, summary_query, entries, counts, order,
+    q, k, v, grad_out, statistics, summary, summary_query, entries, counts, padding, order,
     grad_k, grad_v, grad_summary, grad_summary_query,
-    q_strides, k_strides, v_strides, grad_out_strides, grad_k_strides, grad_v_strides, summary_strides,
+    grad_k_strides, grad_v_strides, summary_strides,
     query_strides,
     tokens, chunks, tiles, capacity, batch_heads, kv_heads, splits, forced,
     scale, route_scale, logit_scale, inverse_sigma, epsilon, power_p, power_s,
     HEAD_DIM: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
     BIAS: tl.constexpr, APPLY_BIAS: tl.constexpr, SUMMARY: tl.constexpr, ALPHA_1_5: tl.constexpr,
-    FINISH: tl.constexpr,
+    PADDED: tl.constexpr, FINISH: tl.constexpr,
 ):  # fmt: skip
     """One program a chunk and split of its list, longest lists first. Without FINISH it stores float32
     partial sums `[splits, B * Hkv, M * C, D]` (summaries `[splits, B * Hkv, M, D]`) for
@@ -111,21 +110,15 @@ def _chunk_kernel(
 
     row = tl.arange(0, ROWS)
     query = row // HEADS
-    head = row % HEADS
     dim = tl.arange(0, HEAD_DIM)
     position = chunk * CHUNK + tl.arange(0, CHUNK)
     token = position.to(tl.int64)
     present = position < tokens
-    keys = tl.load(
-        _head(k, k_strides, batch, kv_head) + token[:, None] * k_strides[2] + dim[None, :],
-        mask=present[:, None],
-        other=0.0,
-    )
-    values = tl.load(
-        _head(v, v_strides, batch, kv_head) + token[:, None] * v_strides[2] + dim[None, :],
-        mask=present[:, None],
-        other=0.0,
-    )
+    if PADDED:
+        present = present & (position >= tl.load(padding + batch))
+    batch_index, kv_index = batch.to(tl.int32), kv_head.to(tl.int32)
+    keys = tl.reshape(k.load([batch_index, kv_index, chunk * CHUNK, 0]), [CHUNK, HEAD_DIM])
+    values = tl.reshape(v.load([batch_index, kv_index, chunk * CHUNK, 0]), [CHUNK, HEAD_DIM])
     k_bar = tl.zeros([HEAD_DIM], tl.float32)
     if APPLY_BIAS or SUMMARY:
         # The last chunk has no summary and no list.
@@ -134,10 +127,7 @@ def _chunk_kernel(
             mask=(dim < HEAD_DIM) & (chunk + 1 < chunks),
             other=0.0,
         ).to(tl.float32)
-    q_base = _head(q, q_strides, batch, kv_head * GROUP)
-    grad_base = _head(grad_out, grad_out_strides, batch, kv_head * GROUP)
-    row_q = head.to(tl.int64) * q_strides[1] + query * q_strides[2]
-    row_grad = head.to(tl.int64) * grad_out_strides[1] + query * grad_out_strides[2]
+    first_head = kv_index * GROUP
     head_statistics = statistics + batch_head * tiles * (ROWS * 6)
 
     grad_k_rows = tl.zeros([CHUNK, HEAD_DIM], tl.float32)
@@ -148,31 +138,27 @@ def _chunk_kernel(
     list_base = entries + batch_head * capacity + chunk_list_start(chunk, tiles, TILES_PER_CHUNK)
     for index in range(first, last):
         entry = tl.load(list_base + index)
-        tile = (entry >> TILE).to(tl.int64)
-        inside = (tile * TILE + query < tokens) & (head < GROUP)
-        member = ((entry >> query) & 1) != 0
-        biased = chunk < tile // TILES_PER_CHUNK - forced
+        tile = entry >> TILE
+        seen = (((entry >> query) & 1) != 0)[None, :]
+        if PADDED:
+            seen = seen & present[:, None]
         grad_k_rows, grad_v_rows, grad_k_bar = _attend_tile(
-            grad_k_rows, grad_v_rows, grad_k_bar, keys, values, k_bar, q_base + tile * TILE * q_strides[2],
-            grad_base + tile * TILE * grad_out_strides[2], row_q, row_grad, inside, member[None, :], biased,
-            head_statistics + tile * (ROWS * 6), scale * _LOG2E, route_scale, logit_scale, inverse_sigma,
-            epsilon, power_p, power_s, HEAD_DIM, GROUP, HEADS, TILE, True, BIAS, APPLY_BIAS, SUMMARY, ALPHA_1_5,
+            grad_k_rows, grad_v_rows, grad_k_bar, keys, values, k_bar, q, grad_out, batch_index, first_head,
+            tile, seen, chunk < tile // TILES_PER_CHUNK - forced, head_statistics, scale * _LOG2E,
+            route_scale, logit_scale, inverse_sigma, epsilon, power_p, power_s,
+            HEAD_DIM, GROUP, HEADS, TILE, True, BIAS, APPLY_BIAS, SUMMARY, ALPHA_1_5,
         )  # fmt: skip
     if split == 0:
-        for index in range(TILES_PER_CHUNK):
-            tile = (chunk * TILES_PER_CHUNK + index).to(tl.int64)
-            query_position = tile * TILE + query
-            if tile < tiles:
-                grad_k_rows, grad_v_rows, grad_k_bar = _attend_tile(
-                    grad_k_rows, grad_v_rows, grad_k_bar, keys, values, k_bar,
-                    q_base + tile * TILE * q_strides[2],
-                    grad_base + tile * TILE * grad_out_strides[2], row_q, row_grad,
-                    (query_position < tokens) & (head < GROUP),
-                    position[:, None] <= query_position[None, :], False,
-                    head_statistics + tile * (ROWS * 6), scale * _LOG2E, route_scale, logit_scale,
-                    inverse_sigma, epsilon, power_p, power_s, HEAD_DIM, GROUP, HEADS, TILE, False, BIAS,
-                    APPLY_BIAS, SUMMARY, ALPHA_1_5,
-                )  # fmt: skip
+        own_tile = chunk * TILES_PER_CHUNK
+        for index in range(tl.minimum(TILES_PER_CHUNK, tiles - own_tile)):
+            tile = own_tile + index
+            seen = (position[:, None] <= (tile * TILE + query)[None, :]) & present[:, None]
+            grad_k_rows, grad_v_rows, grad_k_bar = _attend_tile(
+                grad_k_rows, grad_v_rows, grad_k_bar, keys, values, k_bar, q, grad_out, batch_index,
+                first_head, tile, seen, False, head_statistics, scale * _LOG2E,
+                route_scale, logit_scale, inverse_sigma, epsilon, power_p, power_s,
+                HEAD_DIM, GROUP, HEADS, TILE, False, BIAS, APPLY_BIAS, SUMMARY, ALPHA_1_5,
+            )  # fmt: skip
     grad_k_rows *= scale
 
     if FINISH:
@@ -187,12 +173,12 @@ def _chunk_kernel(
         tl.store(
             _head(grad_k, grad_k_strides, batch, kv_head) + token[:, None] * grad_k_strides[2] + dim[None, :],
             grad_k_rows.to(grad_k.dtype.element_ty),
-            mask=present[:, None],
+            mask=(token < tokens)[:, None],
         )
         tl.store(
             _head(grad_v, grad_v_strides, batch, kv_head) + token[:, None] * grad_v_strides[2] + dim[None, :],
             grad_v_rows.to(grad_v.dtype.element_ty),
-            mask=present[:, None],
+            mask=(token < tokens)[:, None],
         )
     else:
         part = (split.to(tl.int64) * batch_heads * chunks + owned) * HEAD_DIM
@@ -204,10 +190,10 @@ def _chunk_kernel(
 
 @triton.jit(do_not_specialize=["tokens", "chunks", "batch_heads", "splits", "summary_parts"])
 def _combine_kernel(
-    k, summary_query, grad_k_parts, grad_v_parts, grad_summary, grad_k, grad_v, grad_summary_query,
+    k, summary_query, padding, grad_k_parts, grad_v_parts, grad_summary, grad_k, grad_v, grad_summary_query,
     k_strides, grad_k_strides, grad_v_strides, query_strides,
     tokens, chunks, batch_heads, kv_heads, splits, summary_parts, scale,
-    HEAD_DIM: tl.constexpr, CHUNK: tl.constexpr, BIAS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, CHUNK: tl.constexpr, BIAS: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """One program a chunk: sum the splits in order and finish as the unsplit kernel does."""
     owned = tl.program_id(0).to(tl.int64)
@@ -217,6 +203,8 @@ def _combine_kernel(
     local = tl.arange(0, CHUNK)
     token = chunk * CHUNK + local
     present = token < tokens
+    if PADDED:
+        present = present & (token >= tl.load(padding + batch))
     grad_k_rows = tl.zeros([CHUNK, HEAD_DIM], tl.float32)
     grad_v_rows = tl.zeros([CHUNK, HEAD_DIM], tl.float32)
     total = batch_heads * chunks
@@ -230,7 +218,7 @@ def _combine_kernel(
             grad_k_bar += tl.load(grad_summary + (split * total + owned) * HEAD_DIM + dim)
         keys = tl.load(
             _head(k, k_strides, batch, kv_head) + token[:, None] * k_strides[2] + dim[None, :],
-            mask=present[:, None],
+            mask=(token < tokens)[:, None],
             other=0.0,
         )
         grad_k_rows = _finish_chunk(
@@ -241,10 +229,10 @@ def _combine_kernel(
     tl.store(
         _head(grad_k, grad_k_strides, batch, kv_head) + token[:, None] * grad_k_strides[2] + dim[None, :],
         grad_k_rows.to(grad_k.dtype.element_ty),
-        mask=present[:, None],
+        mask=(token < tokens)[:, None],
     )
     tl.store(
         _head(grad_v, grad_v_strides, batch, kv_head) + token[:, None] * grad_v_strides[2] + dim[None, :],
         grad_v_rows.to(grad_v.dtype.element_ty),
-        mask=present[:, None],
+        mask=(token < tokens)[:, None],
     )

@@ -99,19 +99,18 @@ def _grad_probability(
 
 @triton.jit(do_not_specialize=["tokens", "chunks", "tiles", "capacity", "total", "batch_heads", "forced"])
 def _query_kernel(
-    q, k, v, out, grad_out, lse, tau, summary, entries, counts, counter, scratch, grad_q, grad_summary,
-    statistics,
-    q_strides, k_strides, v_strides, out_strides, grad_out_strides, grad_q_strides, summary_strides,
+    q, k, v, out, grad_out, lse, tau, summary, entries, counts, padding, counter, scratch,
+    grad_q, grad_summary, statistics, grad_q_strides, summary_strides,
     tokens, chunks, tiles, capacity, total, batch_heads, kv_heads, forced,
     scale, route_scale, logit_scale, inverse_sigma, epsilon, power_p, power_s,
     HEAD_DIM: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK: tl.constexpr, BIAS: tl.constexpr, APPLY_BIAS: tl.constexpr, DETACH_MEAN: tl.constexpr,
-    ALPHA_1_5: tl.constexpr, ATOMIC_SUMMARY: tl.constexpr,
+    ALPHA_1_5: tl.constexpr, PADDED: tl.constexpr, ATOMIC_SUMMARY: tl.constexpr,
 ):  # fmt: skip
     ROWS: tl.constexpr = TILE * HEADS
     TILES_PER_CHUNK: tl.constexpr = CHUNK // TILE
     # bf16 products also for fp16 inputs: the routing's gradient is of order 1 / sigma and would underflow.
-    ROUTE_DTYPE: tl.constexpr = tl.float32 if q.dtype.element_ty == tl.float32 else tl.bfloat16
+    ROUTE_DTYPE: tl.constexpr = tl.float32 if grad_q.dtype.element_ty == tl.float32 else tl.bfloat16
     row = tl.arange(0, ROWS)
     query = row // HEADS
     head = row % HEADS
@@ -129,15 +128,16 @@ def _query_kernel(
         batch, kv_head = batch_head // kv_heads, batch_head % kv_heads
         own = tile // TILES_PER_CHUNK
         position = (tile * TILE + query).to(tl.int64)
-        inside = (position < tokens) & (head < GROUP)
+        first_valid = tl.load(padding + batch) if PADDED else 0
+        inside = (position >= first_valid) & (position < tokens) & (head < GROUP)
         row_head = kv_head * GROUP + head
 
-        offset = batch * q_strides[0] + row_head * q_strides[1] + position * q_strides[2]
-        q_rows = tl.load(q + offset[:, None] + dim[None, :], mask=inside[:, None], other=0.0)
-        offset = batch * grad_out_strides[0] + row_head * grad_out_strides[1] + position * grad_out_strides[2]
-        grad_rows = tl.load(grad_out + offset[:, None] + dim[None, :], mask=inside[:, None], other=0.0)
-        offset = batch * out_strides[0] + row_head * out_strides[1] + position * out_strides[2]
-        out_rows = tl.load(out + offset[:, None] + dim[None, :], mask=inside[:, None], other=0.0)
+        first_row = (tile * TILE).to(tl.int32)
+        first_head = (kv_head * GROUP).to(tl.int32)
+        batch_index, kv_index = batch.to(tl.int32), kv_head.to(tl.int32)
+        q_rows = tl.reshape(q.load([batch_index, first_row, first_head, 0]), [ROWS, HEAD_DIM])
+        grad_rows = tl.reshape(grad_out.load([batch_index, first_row, first_head, 0]), [ROWS, HEAD_DIM])
+        out_rows = tl.reshape(out.load([batch_index, first_row, first_head, 0]), [ROWS, HEAD_DIM])
         delta = tl.sum(grad_rows.to(tl.float32) * out_rows.to(tl.float32), 1)
         offset = (batch * kv_heads * GROUP + row_head) * tokens + position
         # A row outside the sequence gets lse = inf, hence weights of exactly zero everywhere.
@@ -148,8 +148,6 @@ def _query_kernel(
 
         count = tl.load(counts + batch_head * tiles + tile)
         tile_entries = entries + batch_head * capacity + tile_list_start(tile, TILES_PER_CHUNK)
-        keys_base = k + batch * k_strides[0] + kv_head * k_strides[1]
-        values_base = v + batch * v_strides[0] + kv_head * v_strides[1]
         summary_base = summary + batch * summary_strides[0] + kv_head * summary_strides[1]
         if BIAS != 0:
             tau_rows = tl.load(tau + offset, mask=inside, other=float("inf"))
@@ -181,31 +179,23 @@ def _query_kernel(
         accumulator = tl.zeros([ROWS, HEAD_DIM], tl.float32)
         no_bias = tl.zeros([ROWS], tl.float32)
         key_position = own * CHUNK + token
-        present = key_position < tokens
-        keys = tl.load(
-            keys_base + key_position[:, None].to(tl.int64) * k_strides[2] + dim[None, :],
-            mask=present[:, None],
-            other=0.0,
-        )
-        values = tl.load(
-            values_base + key_position[:, None].to(tl.int64) * v_strides[2] + dim[None, :],
-            mask=present[:, None],
-            other=0.0,
-        )
+        keys = tl.reshape(k.load([batch_index, kv_index, own * CHUNK, 0]), [CHUNK, HEAD_DIM])
+        values = tl.reshape(v.load([batch_index, kv_index, own * CHUNK, 0]), [CHUNK, HEAD_DIM])
+        seen = (key_position[None, :] <= position[:, None]) & (key_position >= first_valid)[None, :]
         accumulator, per_row = _attend_chunk(
-            accumulator, q_rows, grad_rows, keys, values, key_position[None, :] <= position[:, None], no_bias,
-            lse_rows, delta, scale * _LOG2E,
-        )  # fmt: skip
+            accumulator, q_rows, grad_rows, keys, values, seen, no_bias, lse_rows, delta, scale * _LOG2E
+        )
 
         grad_bias_sum = tl.zeros([TILE], tl.float32)
         routed_count = tl.zeros([TILE], tl.float32)
         for index in range(count):
             entry = tl.load(tile_entries + index)
             chunk = entry & 0xFFFF
-            first = chunk.to(tl.int64) * CHUNK
-            keys = tl.load(keys_base + (first + token)[:, None] * k_strides[2] + dim[None, :])
-            values = tl.load(values_base + (first + token)[:, None] * v_strides[2] + dim[None, :])
-            member = (((entry >> 16) >> query) & 1) != 0
+            keys = tl.reshape(k.load([batch_index, kv_index, chunk * CHUNK, 0]), [CHUNK, HEAD_DIM])
+            values = tl.reshape(v.load([batch_index, kv_index, chunk * CHUNK, 0]), [CHUNK, HEAD_DIM])
+            seen = ((((entry >> 16) >> query) & 1) != 0)[:, None]
+            if PADDED:
+                seen = seen & (chunk * CHUNK + token >= first_valid)[None, :]
             bias = no_bias
             if APPLY_BIAS:
                 routed = chunk < own - forced
@@ -214,16 +204,7 @@ def _query_kernel(
                     log_w = (log_w - log_mean_rows) * inverse_sigma
                 bias = tl.where(routed, log_w * _LOG2E, 0.0)
             accumulator, per_row = _attend_chunk(
-                accumulator,
-                q_rows,
-                grad_rows,
-                keys,
-                values,
-                member[:, None],
-                bias,
-                lse_rows,
-                delta,
-                scale * _LOG2E,
+                accumulator, q_rows, grad_rows, keys, values, seen, bias, lse_rows, delta, scale * _LOG2E
             )
             if BIAS != 0:
                 grad_bias = tl.sum(tl.reshape(per_row, [TILE, HEADS]), 1)
@@ -298,7 +279,7 @@ def _query_kernel(
         tl.store(
             grad_q + offset[:, None] + dim[None, :],
             accumulator.to(grad_q.dtype.element_ty),
-            mask=inside[:, None],
+            mask=((position < tokens) & (head < GROUP))[:, None],
         )
         work = tl.atomic_add(counter, 1)
 
