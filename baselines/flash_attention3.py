@@ -44,7 +44,7 @@ E4M3_MAX = 448.0
 
 
 def prepare(
-    problem: Problem, *, num_splits: int = 0, pack_gqa: bool = True, lengths: str = "tensor"
+    problem: Problem, *, num_splits: int = 0, pack_gqa: bool = True, lengths: str = "full"
 ) -> Operator:
     """bf16 (and fp16 where the build has it)."""
     module, flags, notes = _load(problem)
@@ -55,7 +55,7 @@ def prepare(
 
 
 def prepare_fp8(
-    problem: Problem, *, num_splits: int = 0, pack_gqa: bool = True, lengths: str = "tensor"
+    problem: Problem, *, num_splits: int = 0, pack_gqa: bool = True, lengths: str = "full"
 ) -> Operator:
     """fp8 (e4m3) inputs, bf16 output."""
     module, flags, notes = _load(problem)

@@ -85,19 +85,15 @@ def _consume(
     query, out, lse, entries, count, own, query_base, query_stride_h, query_stride_n,
     out_base, out_stride_h, out_stride_n, lse_base, tokens, first_query, scale_log2,
     key_ring, value_ring, key_full, value_full, key_empty, value_empty,
-    PART: gl.constexpr, GROUP: gl.constexpr, QUERIES: gl.constexpr, HEAD_DIM: gl.constexpr, CHUNK: gl.constexpr,
-    STAGES: gl.constexpr,
+    PART: gl.constexpr, GROUP: gl.constexpr, QUERIES: gl.constexpr, HEAD_DIM: gl.constexpr,
+    CHUNK: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Attention of this warpgroup's queries over the chunks as they arrive."""
     ROWS: gl.constexpr = QUERIES * GROUP
     WARPS: gl.constexpr = gl.num_warps()
     SHIFT: gl.constexpr = 16 + PART * QUERIES
-    S: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, CHUNK, 16]
-    )
-    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, HEAD_DIM, 16]
-    )
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, CHUNK, 16])
+    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, HEAD_DIM, 16])
     Q: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=S, k_width=2)
     P: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=O_LAYOUT, k_width=2)
     S_ROW: gl.constexpr = gl.SliceLayout(1, S)
@@ -173,7 +169,8 @@ def _attend_kernel(
     query, key_descriptor, value_descriptor, out, lse, entries, counts,
     query_stride_b, query_stride_h, query_stride_n, out_stride_b, out_stride_h, out_stride_n,
     tokens, tiles, capacity, kv_heads, scale_log2,
-    GROUP: gl.constexpr, TILE: gl.constexpr, HEAD_DIM: gl.constexpr, CHUNK: gl.constexpr, STAGES: gl.constexpr,
+    GROUP: gl.constexpr, TILE: gl.constexpr, HEAD_DIM: gl.constexpr, CHUNK: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     """One program a tile and KV head; late tiles, which have the longest lists, first."""
     heads = gl.num_programs(0) // tiles
