@@ -181,9 +181,9 @@ def _query_kernel(
         key_position = own * CHUNK + token
         keys = tl.reshape(k.load([batch_index, kv_index, own * CHUNK, 0]), [CHUNK, HEAD_DIM])
         values = tl.reshape(v.load([batch_index, kv_index, own * CHUNK, 0]), [CHUNK, HEAD_DIM])
-        seen = (key_position[None, :] <= position[:, None]) & (key_position >= first_valid)[None, :]
+        causal = (key_position[None, :] <= position[:, None]) & (key_position >= first_valid)[None, :]
         accumulator, per_row = _attend_chunk(
-            accumulator, q_rows, grad_rows, keys, values, seen, no_bias, lse_rows, delta, scale * _LOG2E
+            accumulator, q_rows, grad_rows, keys, values, causal, no_bias, lse_rows, delta, scale * _LOG2E
         )
 
         grad_bias_sum = tl.zeros([TILE], tl.float32)
