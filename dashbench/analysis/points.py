@@ -1,0 +1,97 @@
+"""Which rows may be compared with each other.
+
+Two rows are comparable when they were measured in one environment and ask for the same operator on the same
+shape, timed the same way.
+Sparsity and method are what is compared, so they are not part of that.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+DENSE_FAMILIES = ("dense", "fa3")
+
+# Methods that are dense but not the same computation (another precision) never serve as the dense baseline.
+NOT_A_BASELINE = ("fa3@fp8",)
+
+
+class Setting(NamedTuple):
+    """All that two comparable rows share."""
+
+    environment: str
+    phase: str
+    shape: str
+    dtype: str
+    batch: int
+    cache: str
+    launch: str
+    context: int
+
+
+class Line(NamedTuple):
+    """One line in a figure: a method at one sparsity over context lengths."""
+
+    environment: str
+    phase: str
+    shape: str
+    dtype: str
+    batch: int
+    cache: str
+    launch: str
+    method: str
+    sparsity_target: float | None
+    routing: str
+
+
+def setting(row: dict[str, Any]) -> Setting:
+    """The setting of a row."""
+    return Setting(
+        row["environment_key"],
+        row["phase"],
+        row["shape"]["name"],
+        row["dtype"],
+        row["batch"],
+        row["cache"],
+        row["launch"],
+        row["context"],
+    )
+
+
+def line(row: dict[str, Any]) -> Line:
+    """The line that a row is a point of."""
+    return Line(*setting(row)[:-1], row["method"], row["sparsity_target"], row["routing"])
+
+
+def is_dense(row: dict[str, Any]) -> bool:
+    """Whether a row can be the dense baseline of others."""
+    return row["method"].split("@")[0] in DENSE_FAMILIES and row["method"] not in NOT_A_BASELINE
+
+
+def finished(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows that have a latency, in a stable order."""
+    ok = [r for r in rows if r["status"] == "ok"]
+    return sorted(ok, key=lambda r: (setting(r), r["method"], r["sparsity_target"] or 0.0, r["key"]))
+
+
+def best_dense(rows: Iterable[dict[str, Any]]) -> dict[Setting, dict[str, Any]]:
+    """The fastest dense row of every setting that has one.
+
+    Dense kernels do the same work whatever the inputs, so rows of any routing count.
+    """
+    best: dict[Setting, dict[str, Any]] = {}
+    for row in finished(rows):
+        if is_dense(row):
+            current = best.get(setting(row))
+            if current is None or row["latency_ms"] < current["latency_ms"]:
+                best[setting(row)] = row
+    return best
+
+
+def lines(rows: Iterable[dict[str, Any]]) -> dict[Line, list[dict[str, Any]]]:
+    """Finished rows of each line by ascending context."""
+    grouped: dict[Line, list[dict[str, Any]]] = defaultdict(list)
+    for row in finished(rows):
+        grouped[line(row)].append(row)
+    return {k: sorted(v, key=lambda r: r["context"]) for k, v in grouped.items()}

@@ -1,0 +1,198 @@
+"""The command line. Imports are inside the verbs, so that `--help` answers at once and no verb but a worker
+loads torch."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Measure trainable sparse attentions side by side: checked before timed, stored at once, resumable.",
+)
+
+BAD_INPUT = 2
+SuitePath = Annotated[
+    Path, typer.Argument(help="a suite file, such as suites/quickstart.yaml", metavar="SUITE")
+]
+Out = Annotated[
+    Path | None, typer.Option(help="folder for the results (default: out/SUITE_NAME)", metavar="DIR")
+]
+Only = Annotated[str | None, typer.Option(help="restrict to these methods, comma-separated", metavar="M1,M2")]
+
+
+def _stop(message: str, code: int = BAD_INPUT) -> None:
+    typer.echo(f"dashbench: {message}", err=True)
+    raise typer.Exit(code)
+
+
+def _load(path: Path):
+    from dashbench.suite import SuiteError, load_suite
+
+    try:
+        return load_suite(path)
+    except SuiteError as problem:
+        _stop(str(problem))
+
+
+def _only(suite, only: str | None) -> list[str] | None:
+    if only is None:
+        return None
+    names = [name.strip() for name in only.split(",") if name.strip()]
+    known = {point.method for point in suite.points()}
+    for name in names:
+        if name not in known:
+            _stop(f"--only: the suite has no method {name!r}; it has {', '.join(sorted(known))}")
+    return names
+
+
+def _seconds(text: str | None) -> float | None:
+    """`90`, `90s`, `8m`, `1h` -> seconds."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", text.strip())
+    if not match:
+        _stop(f"--time-budget: expected a duration such as 90s, 8m or 1h, got {text!r}")
+    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
+
+
+@app.command()
+def run(
+    suite: SuitePath,
+    out: Out = None,
+    only: Only = None,
+    time_budget: Annotated[
+        str | None, typer.Option(help="stop cleanly after this long, e.g. 8m", metavar="TIME")
+    ] = None,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="measure failed points again")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")] = False,
+) -> None:
+    """Measure every point of SUITE that is not finished yet. Run it again to go on where it stopped."""
+    if dry_run:
+        plan(suite, only)
+        return
+    from dashbench.progress import Progress
+    from dashbench.runner import WorkerFailed, run_suite
+    from dashbench.store import StoreError
+
+    loaded = _load(suite)
+    folder = out or Path("out") / loaded.spec.name
+    names, budget = _only(loaded, only), _seconds(time_budget)
+    with Progress(loaded.id) as progress:
+        try:
+            summary = run_suite(loaded, folder, names, budget, retry_failed, progress.event)
+        except (StoreError, WorkerFailed) as problem:
+            progress.stop()
+            _stop(str(problem))
+    from dashbench.ending import print_ending
+
+    raise typer.Exit(print_ending(loaded, summary))
+
+
+@app.command()
+def plan(suite: SuitePath, only: Only = None) -> None:
+    """Show the whole grid of SUITE: how many points, how long they may take, what will be skipped and why."""
+    from dashbench.doctor import device_facts
+    from dashbench.ending import print_plan
+    from dashbench.plan import plan as judge
+
+    loaded = _load(suite)
+    names = _only(loaded, only)
+    points = [p for p in loaded.points() if names is None or p.method in names]
+    print_plan(
+        loaded, judge(points, loaded.spec.timing, device_facts(), loaded.interpreters()), device_facts()
+    )
+
+
+@app.command()
+def validate(suite: SuitePath) -> None:
+    """Check SUITE and say how many points it has."""
+    loaded = _load(suite)
+    typer.echo(f"{suite}: valid, {len(loaded.points())} points, {loaded.id}")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of suite files, for editors."""
+    import json
+
+    from dashbench.suite import json_schema
+
+    typer.echo(json.dumps(json_schema(), indent=2))
+
+
+@app.command()
+def status(store: Annotated[Path, typer.Argument(help="a results file or folder", metavar="STORE")]) -> None:
+    """Show what STORE holds: rows by method and status, environments, and what went wrong."""
+    from dashbench.ending import print_status
+    from dashbench.store import StoreError
+
+    try:
+        print_status(store)
+    except StoreError as problem:
+        _stop(str(problem))
+
+
+@app.command("list")
+def list_(
+    what: Annotated[str, typer.Argument(help="methods, suites, shapes or routings", metavar="WHAT")],
+) -> None:
+    """List methods, suites, shapes or routings."""
+    from dashbench.listing import LISTS
+
+    if what not in LISTS:
+        _stop(f"list: expected one of {', '.join(LISTS)}, got {what!r}")
+    try:
+        LISTS[what]()
+    except ValueError as problem:
+        _stop(str(problem))
+
+
+@app.command()
+def doctor() -> None:
+    """Show GPU, driver and versions, which methods can run here, and the command that would enable each of
+    the others."""
+    from dashbench.doctor import print_doctor
+
+    print_doctor()
+
+
+@app.command()
+def export(
+    store: Annotated[Path, typer.Argument(help="a results file or folder", metavar="STORE")],
+    csv: Annotated[Path | None, typer.Option(help="write a CSV file", metavar="FILE")] = None,
+    parquet: Annotated[Path | None, typer.Option(help="write a Parquet file", metavar="FILE")] = None,
+) -> None:
+    """Write STORE as one flat table: nested fields become columns with dots, raw samples are left out."""
+    from dashbench.export import ExportError, export_rows
+    from dashbench.store import StoreError
+
+    if (csv is None) == (parquet is None):
+        _stop("export: give exactly one of --csv FILE and --parquet FILE")
+    try:
+        count = export_rows(store, csv or parquet, "csv" if csv else "parquet")
+    except (StoreError, ExportError) as problem:
+        _stop(str(problem))
+    typer.echo(f"{csv or parquet}: {count} rows")
+
+
+def main() -> None:
+    """Entry point of the `dashbench` command: an unforeseen failure is one sentence, and the traceback goes
+    to a file."""
+    try:
+        app()
+    except Exception as problem:
+        import tempfile
+        import traceback
+
+        with tempfile.NamedTemporaryFile("w", prefix="dashbench-", suffix=".log", delete=False) as log:
+            traceback.print_exc(file=log)
+        message = f"unexpected {type(problem).__name__}: {problem}; the traceback is in {log.name}"
+        print(f"dashbench: {message}", file=sys.stderr)
+        sys.exit(1)

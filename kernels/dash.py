@@ -1,0 +1,150 @@
+"""DashAttention as one function: summarise, route, attend; differentiable.
+
+Source: DashAttention (arXiv 2605.18753); the specification is `reference`. The forward leaves the prior's
+bias out of the scores where it
+is below what bf16 weights can hold (`centered` with σ ≥ 1e5: |bias| < 1e-3); its gradient, which trains the
+routing, is always there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from dashbench.kernels.attend import block_sparse_attention
+from dashbench.kernels.backward import RoutingGradient, attention_gradients
+from dashbench.kernels.reference import PRESETS, DashOptions
+from dashbench.kernels.route import Routes, route_chunks
+from dashbench.kernels.summarize import summarize_chunks
+
+NEGLIGIBLE_BIAS_SIGMA = 1e5
+_NAMES = ("chunk_size", "scaling_factor", "alpha", "sigma", "bias_mode", "forced", "visibility")
+
+
+class _DashAttention(torch.autograd.Function):
+    """Saves q, k, v, out, summaries, lse, τ and the bit mask; recomputes scores and weights."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, summary_query, options: DashOptions, deterministic: bool):
+        summaries = summarize_chunks(key, summary_query, options.chunk_size)
+        routes = _route(query, summaries, options, None, save=True)
+        out, lse = block_sparse_attention(query, key, value, routes)
+        ctx.save_for_backward(query, key, value, summary_query, out, lse, summaries, routes.tau, routes.mask)
+        ctx.options, ctx.deterministic = options, deterministic
+        ctx.mark_non_differentiable(routes.active_blocks)
+        return out, routes.active_blocks
+
+    @staticmethod
+    def backward(ctx, grad_out, _):
+        query, key, value, summary_query, out, lse, summaries, tau, mask = ctx.saved_tensors
+        o: DashOptions = ctx.options
+        routing = RoutingGradient(
+            summary=summaries,
+            summary_query=summary_query,
+            tau=tau,
+            bias_mode=o.bias_mode,
+            gamma=o.scaling_factor,
+            sigma=o.sigma,
+            alpha=o.alpha,
+            forced=1 if o.forced == "own_and_previous" else 0,
+        )
+        grads = attention_gradients(
+            grad_out, query, key, value, out, lse, mask, o.chunk_size, routing, ctx.deterministic
+        )
+        grad_summary = grads[3]
+        if grad_summary is None:
+            grad_summary = torch.zeros_like(summary_query)
+        return *grads[:3], grad_summary.to(summary_query.dtype), None, None
+
+
+def _route(query, summaries, options: DashOptions, left_padding, save: bool) -> Routes:
+    return route_chunks(
+        query,
+        summaries,
+        options.chunk_size,
+        scaling_factor=options.scaling_factor,
+        alpha=options.alpha,
+        visibility=options.visibility,
+        forced=options.forced,
+        left_padding=left_padding,
+        save=save,
+    )
+
+
+def dash_options(preset: str | None = None, **given) -> DashOptions:
+    """Options by name; `preset` (`package` or `paper`) supplies what is not given.
+
+    Raises:
+        ValueError: an unknown preset or option.
+    """
+    if preset is not None and preset not in PRESETS:
+        raise ValueError(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}")
+    if unknown := set(given) - set(_NAMES):
+        raise ValueError(f"unknown option {sorted(unknown)[0]!r}; known: {', '.join(_NAMES)}")
+    return replace(PRESETS[preset] if preset else DashOptions(), **given)
+
+
+def dash_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    summary_query: torch.Tensor,
+    *,
+    preset: str | None = None,
+    layout: str = "bhnd",
+    left_padding: torch.Tensor | None = None,
+    deterministic: bool = False,
+    return_active_blocks: bool = False,
+    return_routing: bool = False,
+    **options,
+):
+    """Causal DashAttention over whole sequences.
+
+    Args:
+        query: `[B, Hq, N, D]` (or `[B, N, Hq, D]` with `layout="bnhd"`), bf16 or fp16, after position
+            embedding; D 64 or 128.
+        key, value: `[B, Hkv, N, D]` (or `[B, N, Hkv, D]`).
+        summary_query: `[Hkv, D]`, or one a chunk `[B, Hkv, M, D]`.
+        preset: `package` or `paper`: the options of one of the two published implementations.
+        layout: `bhnd` or `bnhd`; neither is copied.
+        left_padding: `[B]` int32: leading padding tokens. Inference only.
+        deterministic: gradients bitwise reproducible (a little slower).
+        return_active_blocks: also return `[B, Hkv, N]` int32: chunks attended, the own one included.
+        return_routing: also return the `Routes`.
+        **options: chunk_size (16, 32, 64, 128), scaling_factor γ, alpha in (1, 2], sigma, bias_mode
+        (`centered`, `raw`, `none`), forced
+            (`own`, `own_and_previous`), visibility (`own`, `completed`); see `reference.DashOptions`.
+
+    Returns:
+        The output in the layout and dtype of `query`; with `return_active_blocks` or `return_routing` a
+        tuple that begins with it.
+
+    Raises:
+        ValueError: an unknown option, or one that the kernels do not cover: a bias that matters in the
+            forward (`raw`, or `centered`
+            with σ < 1e5), padding with gradients.
+    """
+    chosen = dash_options(preset, **options)
+    if layout not in ("bhnd", "bnhd"):
+        raise ValueError(f"layout is bhnd or bnhd, got {layout!r}")
+    if chosen.bias_mode == "raw" or (chosen.bias_mode == "centered" and chosen.sigma < NEGLIGIBLE_BIAS_SIGMA):
+        raise ValueError(
+            "the kernels' forward adds no bias to the scores: bias_mode 'raw' and centered with sigma < 1e5 "
+            "run in dashbench.kernels.reference only"
+        )
+    if layout == "bnhd":
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    active = routes = None
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, summary_query)):
+        if left_padding is not None or return_routing:
+            raise ValueError("left padding and return_routing are for inference: use torch.no_grad()")
+        out, active = _DashAttention.apply(query, key, value, summary_query, chosen, deterministic)
+    else:
+        summaries = summarize_chunks(key, summary_query, chosen.chunk_size, left_padding)
+        routes = _route(query, summaries, chosen, left_padding, save=return_active_blocks or return_routing)
+        out, _ = block_sparse_attention(query, key, value, routes, left_padding=left_padding)
+        active = routes.active_blocks
+    out = out.transpose(1, 2) if layout == "bnhd" else out
+    extras = ([active] if return_active_blocks else []) + ([routes] if return_routing else [])
+    return (out, *extras) if extras else out

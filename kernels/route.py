@@ -1,0 +1,320 @@
+"""Entmax routing: which chunks each query attends, found without ever writing the scores to memory.
+
+Source: DashAttention (arXiv 2605.18753); entmax and its threshold: Peters, Niculae, Martins 2019 (arXiv
+1905.05702). With
+x = (α − 1) γ ⟨q, k̄⟩ / √D, a chunk is in a head's support iff x > τ, where Σ [x − τ]₊^{1/(α−1)} = 1 over the
+visible chunks.
+
+A tile is T consecutive queries times the heads of one KV head; T divides the chunk size, so a tile sees one
+set of earlier chunks. The
+summaries of one KV head fit into the L2 cache, so a pass that multiplies them again costs no more than
+reading stored scores would. Passes:
+
+1.  row maximum, and a lower bound of τ: every block of scores adds the tangent of its part of f(τ) = Σ [x −
+τ]₊² at the bound known so far.
+    f is convex, so the sum of tangents lies below it, and the root of the sum lies below τ;
+2.  count, Σ(x − τ), Σ(x − τ)² of the entries above the current τ, and from them the root of the quadratic
+that these entries alone
+    define; inside a bracket that every pass shrinks. Repeated until no row of the tile moves: two or three
+    times as a rule;
+3.  the lists: chunk numbers in ascending order with one bit for each query of the tile, in storage whose
+offsets have a closed form
+    (`backward_lists.tile_list_start`), so nothing is counted beforehand and nothing travels to the host.
+
+For other α the second step is Newton's on f, from below, where it cannot overshoot (f is convex for α ≤ 2).
+
+Letters: B batch, Hq query heads, Hkv KV heads, G = Hq / Hkv, N queries, D head dim, C chunk size, M chunks,
+T queries a tile, W = ceil(M / 32).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from dashbench.kernels.backward_lists import list_capacity, tile_list_start
+
+# A chunk whose weight (mean over heads) is at most this is not routed.
+EPSILON = 1e-20
+# τ is settled once no row moves by more than this, in units of x counted from the row's maximum (fp32
+# resolves 6e-8 there).
+SETTLED = 2e-7
+MAX_PASSES = 24
+MAX_PASSES_GENERAL = 80
+
+
+@triton.jit
+def _scores(
+    q, base, first, count, row_limit, column, dim, scale, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr
+):
+    """x of a block of chunks `[ROWS, BLOCK]`, −inf where a row may not see the chunk."""
+    chunk = first + column
+    summary = tl.load(
+        base + chunk.to(tl.int64)[:, None] * HEAD_DIM + dim[None, :], mask=(chunk < count)[:, None], other=0.0
+    )  # [BLOCK, D]
+    x = tl.dot(q, tl.trans(summary)) * scale
+    return tl.where(chunk[None, :] < row_limit[:, None], x, float("-inf"))
+
+
+@triton.jit(do_not_specialize=["tokens", "chunks", "tiles", "capacity", "words", "start"])
+def _route_kernel(
+    query, summaries, entries, counts, tau_out, mask_out, active_out, padding,
+    query_stride_b, query_stride_h, query_stride_n,
+    tokens, chunks, known, tiles, capacity, words, kv_heads, scale, power, epsilon, settled, max_passes,
+    GROUP: tl.constexpr, HEADS: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK: tl.constexpr, ALPHA_1_5: tl.constexpr, COMPLETED: tl.constexpr, FORCE_PREVIOUS: tl.constexpr,
+    PADDED: tl.constexpr, SAVE: tl.constexpr,
+):  # fmt: skip
+    """One program a tile and KV head; late tiles, which have most to do, first."""
+    index = tl.program_id(0) % (tl.num_programs(0) // tiles)
+    tile = tiles - 1 - tl.program_id(0) // (tl.num_programs(0) // tiles)
+    batch, kv_head = (index // kv_heads).to(tl.int64), (index % kv_heads).to(tl.int64)
+    ROWS: tl.constexpr = TILE * HEADS
+    row = tl.arange(0, ROWS)
+    head, position = row % HEADS, tile * TILE + row // HEADS
+    real = (head < GROUP) & (position < tokens)
+    dim = tl.arange(0, HEAD_DIM)
+    column = tl.arange(0, BLOCK)
+    offset = (
+        batch * query_stride_b
+        + (kv_head * GROUP + head) * query_stride_h
+        + position.to(tl.int64) * query_stride_n
+    )
+    q = tl.load(query + offset[:, None] + dim[None, :], mask=real[:, None], other=0.0)  # [ROWS, D]
+    base = summaries + index.to(tl.int64) * known * HEAD_DIM
+    own = (tile * TILE) // CHUNK
+    first_chunk = 0
+    if PADDED:
+        first_chunk = tl.load(padding + batch) // CHUNK
+        real = real & (position >= tl.load(padding + batch))
+    # Chunks [first_chunk, row_limit) are visible to a row.
+    row_limit = tl.full([ROWS], own, tl.int32)
+    last = own
+    if COMPLETED:
+        row_limit = (position + 1) // CHUNK
+        last = ((tile + 1) * TILE) // CHUNK
+    row_limit = tl.where(real, tl.minimum(row_limit, known), 0)
+    last = tl.minimum(last, known)
+    start = (first_chunk // BLOCK) * BLOCK
+
+    peak = tl.full([ROWS], float("-inf"), tl.float32)
+    low = tl.full([ROWS], float("-inf"), tl.float32)
+    line = tl.zeros([ROWS], tl.float32)
+    slope = tl.zeros([ROWS], tl.float32)
+    for first in range(start, last, BLOCK):
+        x = _scores(q, base, first, last, row_limit, column, dim, scale, BLOCK, HEAD_DIM)
+        if PADDED:
+            x = tl.where((first + column >= first_chunk)[None, :], x, float("-inf"))
+        peak = tl.maximum(peak, tl.max(x, 1))
+        low = tl.maximum(low, peak - 1.0)
+        if ALPHA_1_5:
+            bound = tl.where(low == float("-inf"), 0.0, low)
+            gap = tl.maximum(x - bound[:, None], 0.0)
+            s1 = tl.sum(gap, 1)
+            line += tl.sum(gap * gap, 1) + 2.0 * s1 * bound
+            slope += 2.0 * s1
+            low = tl.maximum(low, tl.where(slope > 0, (line - 1.0) / slope, float("-inf")) - 1e-4)
+    empty = peak == float("-inf")
+    peak = tl.where(empty, 0.0, peak)
+    # From here on everything is relative to the row's maximum: τ is in [−1, 0).
+    low = tl.where(empty, -1.0, tl.minimum(tl.maximum(low - peak, -1.0), -1e-6))
+    high = tl.zeros([ROWS], tl.float32)
+    tau = low
+    moving = 1
+    passes = 0
+    while (moving > 0) & (passes < max_passes):
+        count = tl.zeros([ROWS], tl.float32)
+        s1 = tl.zeros([ROWS], tl.float32)
+        s2 = tl.zeros([ROWS], tl.float32)
+        level = peak + tau
+        for first in range(start, last, BLOCK):
+            x = _scores(q, base, first, last, row_limit, column, dim, scale, BLOCK, HEAD_DIM)
+            if PADDED:
+                x = tl.where((first + column >= first_chunk)[None, :], x, float("-inf"))
+            gap = tl.maximum(x - level[:, None], 0.0)
+            if ALPHA_1_5:
+                count += tl.sum((gap > 0).to(tl.float32), 1)
+                s1 += tl.sum(gap, 1)
+                s2 += tl.sum(gap * gap, 1)
+            else:
+                raised = tl.where(gap > 0, tl.exp2((power - 1.0) * tl.log2(tl.maximum(gap, 1e-30))), 0.0)
+                s1 += tl.sum(raised, 1)
+                s2 += tl.sum(raised * gap, 1)
+        excess = s2 - 1.0
+        low = tl.where(excess > 0, tl.maximum(low, tau), low)
+        high = tl.where(excess > 0, high, tl.minimum(high, tau))
+        if ALPHA_1_5:
+            n = tl.maximum(count, 1.0)
+            root = s1 * s1 - n * excess
+            # The root of the active entries' own quadratic; where it has none, too many are active: Newton's
+            # step, from below.
+            step = tl.where(
+                root >= 0, (s1 - tl.sqrt(tl.maximum(root, 0.0))) / n, excess / tl.maximum(2.0 * s1, 1e-20)
+            )
+        else:
+            step = excess / tl.maximum(power * s1, 1e-20)
+        new = tau + step
+        new = tl.where((new < low) | (new > high), 0.5 * (low + high), new)
+        new = tl.where(empty, tau, new)
+        moving = tl.max((tl.abs(new - tau) > settled).to(tl.int32), 0)
+        tau = new
+        passes += 1
+
+    level = peak + tau
+    level = tl.where(empty, float("inf"), level)
+    query_in_tile = tl.arange(0, TILE)
+    list_base = entries + index.to(tl.int64) * capacity + tile_list_start(tile, CHUNK // TILE)
+    found = 0
+    active = tl.zeros([TILE], tl.int32)
+    query_position = tile * TILE + query_in_tile
+    mask_row = mask_out + (index.to(tl.int64) * tokens + query_position.to(tl.int64)) * words
+    bit = tl.arange(0, 32)
+    for first in range(0 if SAVE else start, own, BLOCK):
+        x = _scores(q, base, first, last, row_limit, column, dim, scale, BLOCK, HEAD_DIM)
+        if PADDED:
+            x = tl.where((first + column >= first_chunk)[None, :], x, float("-inf"))
+        gap = tl.maximum(x - level[:, None], 0.0)
+        if ALPHA_1_5:
+            weight = gap * gap
+        else:
+            weight = tl.where(gap > 0, tl.exp2(power * tl.log2(tl.maximum(gap, 1e-30))), 0.0)
+        total = tl.sum(tl.reshape(weight, [TILE, HEADS, BLOCK]), 1)  # [T, BLOCK], G times w
+        chunk = first + column
+        chosen = (total > epsilon) & (chunk < own)[None, :]
+        if FORCE_PREVIOUS:
+            chosen = chosen | (chunk == own - 1)[None, :]
+        chosen = (chosen & (query_position < tokens)[:, None]).to(tl.int32)
+        active += tl.sum(chosen, 1)
+        query_bits = tl.sum(chosen << query_in_tile[:, None], 0)
+        listed = (query_bits != 0).to(tl.int32)
+        slot = found + tl.cumsum(listed, 0) - listed
+        tl.store(list_base + slot, chunk | (query_bits << 16), mask=listed != 0)
+        found += tl.sum(listed, 0)
+        if SAVE:
+            packed = tl.sum(tl.reshape(chosen, [TILE, BLOCK // 32, 32]) << bit[None, None, :], 2)
+            word = first // 32 + tl.arange(0, BLOCK // 32)
+            tl.store(
+                mask_row[:, None] + word[None, :],
+                packed,
+                mask=(query_position < tokens)[:, None] & (word < words)[None, :],
+            )
+    tl.store(counts + index.to(tl.int64) * tiles + tile, found)
+    if SAVE:
+        done = tl.cdiv(own, BLOCK) * (BLOCK // 32)
+        for first in range(done, words, 32):  # words behind the own chunk hold nothing
+            word = first + bit
+            tl.store(
+                mask_row[:, None] + word[None, :],
+                tl.zeros([TILE, 32], tl.int32),
+                mask=(query_position < tokens)[:, None] & (word < words)[None, :],
+            )
+        tau_offset = (index.to(tl.int64) * GROUP + head) * tokens + position
+        tl.store(tau_out + tau_offset, level, mask=(head < GROUP) & (position < tokens))
+        tl.store(
+            active_out + index.to(tl.int64) * tokens + query_position,
+            active + 1,
+            mask=query_position < tokens,
+        )
+
+
+@dataclass(frozen=True)
+class Routes:
+    """Which chunks the tiles of queries attend before their own chunk, which is always attended.
+
+    Attributes:
+        entries: `[B, Hkv, capacity]` int32: `chunk | query_bits << 16`, a tile's list from
+            `backward_lists.tile_list_start` on, ascending.
+        counts: `[B, Hkv, tiles]` int32: lengths of the lists.
+        tile: T, queries a tile.
+        chunk_size: C.
+        tau: `[B, Hq, N]` fp32: thresholds of x (+inf where nothing is visible), or None if not asked for.
+        mask: `[B, Hkv, N, W]` int32: bit c % 32 of word c // 32, own chunk not included, or None.
+        active_blocks: `[B, Hkv, N]` int32: attended chunks, own one included, or None.
+    """
+
+    entries: torch.Tensor
+    counts: torch.Tensor
+    tile: int
+    chunk_size: int
+    tau: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+    active_blocks: torch.Tensor | None = None
+
+
+def tile_size(group: int, chunk_size: int, rows: int = 128) -> int:
+    """Queries a tile: as many as give `rows` rows with the (padded) heads of a group, at most 16 bits and
+    one chunk."""
+    return max(1, min(rows // triton.next_power_of_2(group), 16, chunk_size))
+
+
+def route_chunks(
+    query: torch.Tensor,
+    summaries: torch.Tensor,
+    chunk_size: int,
+    *,
+    scaling_factor: float = 1.0,
+    alpha: float = 1.5,
+    visibility: str = "own",
+    forced: str = "own",
+    left_padding: torch.Tensor | None = None,
+    tile: int | None = None,
+    save: bool = False,
+) -> Routes:
+    """Routes every query of a causal sequence.
+
+    Args:
+        query: `[B, Hq, N, D]`, bf16 or fp16, any strides with a contiguous last dimension.
+        summaries: `[B, Hkv, M', D]` contiguous, of the complete chunks.
+        chunk_size: C.
+        scaling_factor: γ; larger is sparser.
+        alpha: order of entmax in (1, 2]; 1.5 has the fast path.
+        visibility: `own` (chunks before the own one) or `completed` (chunks whose last token is at or before
+            the query).
+        forced: `own`, or `own_and_previous`.
+        left_padding: `[B]` int32, or None.
+        tile: T; default: 128 rows.
+        save: also return τ, the bit mask and active block counts (training and reports).
+
+    Raises:
+        ValueError: more chunks than 16 bits can number, or a tile that does not fit.
+    """
+    batch, heads, tokens, dim = query.shape
+    kv_heads, known = summaries.shape[1], summaries.shape[2]
+    group = heads // kv_heads
+    chunks = triton.cdiv(tokens, chunk_size)
+    if chunks > 1 << 16:
+        raise ValueError(f"{tokens} tokens are more than {1 << 16} chunks of {chunk_size}")
+    tile = tile or tile_size(group, chunk_size)
+    padded_heads = max(triton.next_power_of_2(group), 16 // tile)
+    if chunk_size % tile or tile > 16:
+        raise ValueError(
+            f"a tile of {tile} queries must divide the chunk size {chunk_size} and be at most 16"
+        )
+    tiles, words = triton.cdiv(tokens, tile), triton.cdiv(chunks, 32)
+    capacity = list_capacity(tokens, chunk_size, tile)
+    device = query.device
+    entries = torch.empty(batch, kv_heads, capacity, dtype=torch.int32, device=device)
+    counts = torch.empty(batch, kv_heads, tiles, dtype=torch.int32, device=device)
+    tau = mask = active = None
+    if save:
+        tau = torch.empty(batch, heads, tokens, dtype=torch.float32, device=device)
+        mask = torch.empty(batch, kv_heads, tokens, words, dtype=torch.int32, device=device)
+        active = torch.empty(batch, kv_heads, tokens, dtype=torch.int32, device=device)
+    query = query if query.stride(-1) == 1 else query.contiguous()
+    fast = alpha == 1.5
+    rows = tile * padded_heads
+    _route_kernel[(tiles * batch * kv_heads,)](
+        query, summaries, entries, counts, tau if save else counts, mask if save else counts,
+        active if save else counts, left_padding if left_padding is not None else counts,
+        *query.stride()[:3],
+        tokens, chunks, known, tiles, capacity, words, kv_heads,
+        (alpha - 1.0) * scaling_factor * dim**-0.5, 1.0 / (alpha - 1.0), EPSILON * group, SETTLED,
+        MAX_PASSES if fast else MAX_PASSES_GENERAL,
+        GROUP=group, HEADS=padded_heads, TILE=tile, CHUNK=chunk_size, HEAD_DIM=dim, BLOCK=64,
+        ALPHA_1_5=fast, COMPLETED=visibility == "completed", FORCE_PREVIOUS=forced == "own_and_previous",
+        PADDED=left_padding is not None, SAVE=save, num_warps=8 if rows >= 128 else 4, num_stages=2,
+    )  # fmt: skip
+    return Routes(entries, counts, tile, chunk_size, tau, mask, active)

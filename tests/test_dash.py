@@ -1,0 +1,225 @@
+"""Summaries, routing and attention of the kernels against the fp64 specification, stage by stage and
+whole."""
+
+import pytest
+import torch
+
+from dashbench.kernels.attend import block_sparse_attention, routes_of_mask
+from dashbench.kernels.dash import dash_attention
+from dashbench.kernels.reference import DashOptions, route, summarize
+from dashbench.kernels.reference import dash_attention as specified
+from dashbench.kernels.route import route_chunks
+from dashbench.kernels.summarize import summarize_chunks
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32  # the interpreter has no bf16 products
+
+
+def planted(n, batch=1, kv_heads=2, group=4, dim=64, chunk=16, seed=0, strength=3.0):
+    """Chunks carry one of a few directions, queries want two of them: sparse, query-dependent support."""
+    g = torch.Generator().manual_seed(seed)
+    directions = torch.linalg.qr(torch.randn(dim, 8, generator=g)).Q.T * dim**0.5 / 4
+    topics = torch.randint(0, 8, (batch, kv_heads, -(-n // chunk)), generator=g)
+    k = directions[topics].repeat_interleave(chunk, 2)[:, :, :n] + 0.3 * torch.randn(
+        batch, kv_heads, n, dim, generator=g
+    )
+    wants = torch.randint(0, 8, (2, batch, kv_heads * group, n), generator=g)
+    q = strength * (directions[wants[0]] + 0.7 * directions[wants[1]]) + 0.3 * torch.randn(
+        batch, kv_heads * group, n, dim, generator=g
+    )
+    v = torch.randn(batch, kv_heads, n, dim, generator=g)
+    s = 0.3 * torch.randn(kv_heads, dim, generator=g)
+    return tuple(x.to(DEVICE, DTYPE) for x in (q, k, v, s))
+
+
+def unpack(mask, chunks):
+    bits = (mask[..., None] >> torch.arange(32, device=mask.device)) & 1
+    return bits.flatten(-2)[..., :chunks].bool()
+
+
+def listed(routes, n):
+    """The mask `[B, Hkv, N, M]` that a tile's lists spell out."""
+    batch, heads, tiles = routes.counts.shape
+    per = routes.chunk_size // routes.tile
+    chunks = -(-n // routes.chunk_size)
+    out = torch.zeros(batch, heads, n, chunks, dtype=torch.bool)
+    for tile in range(tiles):
+        own = tile // per
+        start = per * (own * (own - 1) // 2) + (tile % per) * own
+        for b in range(batch):
+            for h in range(heads):
+                entries = routes.entries[b, h, start : start + int(routes.counts[b, h, tile])].tolist()
+                assert entries == sorted(entries, key=lambda e: e & 0xFFFF)
+                for e in entries:
+                    for t in range(routes.tile):
+                        if (e >> (16 + t)) & 1 and tile * routes.tile + t < n:
+                            out[b, h, tile * routes.tile + t, e & 0xFFFF] = True
+    return out
+
+
+@pytest.mark.parametrize("n", [15, 16, 17, 32, 75])
+def test_summaries(n):
+    _, k, _, s = planted(n)
+    expected = summarize(k.double(), s.double(), 16)
+    torch.testing.assert_close(summarize_chunks(k, s, 16).double(), expected, atol=4e-3, rtol=4e-3)
+    per_chunk = s[None, :, None].expand(1, 2, -(-n // 16), 64).contiguous()
+    assert torch.equal(summarize_chunks(k, per_chunk, 16), summarize_chunks(k, s, 16))
+
+
+def check_routes(q, k, s, options, margin=1e-5, **more):
+    n = q.shape[2]
+    summaries = summarize_chunks(k, s, options.chunk_size)
+    routes = route_chunks(
+        q, summaries, options.chunk_size, scaling_factor=options.scaling_factor, alpha=options.alpha,
+        visibility=options.visibility, forced=options.forced, save=True, **more,
+    )  # fmt: skip
+    chunks = -(-n // options.chunk_size)
+    position = torch.arange(n, device=q.device)
+    exact = route(q.double(), summaries.double(), position, chunks, options)
+    own = position // options.chunk_size
+    expected = exact.active & (torch.arange(chunks, device=q.device) < own[:, None])
+    mask = unpack(routes.mask, chunks)
+    sure = exact.margin > margin
+    assert bool((mask == expected)[sure].all()), "support differs outside the margin"
+    assert float(sure.float().mean()) > 0.99
+    assert torch.equal(listed(routes, n), mask.cpu())
+    assert torch.equal(routes.active_blocks.cpu().long(), mask.sum(-1).cpu() + 1)
+    return mask
+
+
+@pytest.mark.parametrize("n", [1, 15, 16, 17, 32, 75])
+@pytest.mark.parametrize("group", [1, 4])
+def test_routing_equals_the_exact_support(n, group):
+    q, k, _, s = planted(n, group=group, seed=n)
+    mask = check_routes(q, k, s, DashOptions(chunk_size=16, scaling_factor=1.0))
+    if n > 70:
+        density = float(mask.float().mean())
+        assert 0.02 < density < 0.4, "the case must be neither empty nor full"
+
+
+@pytest.mark.parametrize("visibility", ["own", "completed"])
+@pytest.mark.parametrize("forced", ["own", "own_and_previous"])
+@pytest.mark.parametrize("alpha", [1.5, 1.25, 2.0])
+def test_routing_variants(visibility, forced, alpha):
+    q, k, _, s = planted(70, batch=2, seed=3)
+    check_routes(q, k, s, DashOptions(16, 0.8, alpha, 1e6, "centered", forced, visibility), margin=1e-4)
+
+
+def test_flat_logits_route_everywhere():
+    q, k, _, s = planted(130, kv_heads=1, group=4)
+    mask = check_routes(q * 1e-3, k, s, DashOptions(chunk_size=16, scaling_factor=1.0))
+    own = torch.arange(130) // 16
+    assert torch.equal(mask.sum(-1)[0, 0].cpu(), own)
+
+
+@pytest.mark.parametrize("group", [1, 2, 16])
+@pytest.mark.parametrize("n", [1, 16, 50])
+def test_attention_over_a_given_mask(group, n):
+    q, k, v, _ = planted(n, group=group, kv_heads=1, seed=group)
+    g = torch.Generator().manual_seed(n)
+    chunks = -(-n // 16)
+    chosen = torch.rand(1, 1, n, chunks, generator=g) < 0.5
+    chosen &= torch.arange(chunks) < (torch.arange(n) // 16)[:, None]
+    words = torch.zeros(1, 1, n, -(-chunks // 32), dtype=torch.int32)
+    for c in range(chunks):
+        words[..., c // 32] |= chosen[..., c].int() << (c % 32)
+    routes = routes_of_mask(words.to(DEVICE), 16, group)
+    out, lse = block_sparse_attention(q, k, v, routes)
+    allowed = (chosen | (torch.arange(chunks) == (torch.arange(n) // 16)[:, None])).repeat_interleave(16, -1)[
+        ..., :n
+    ]
+    allowed = (allowed & torch.ones(n, n, dtype=torch.bool).tril()).to(DEVICE)
+    scores = (q.double() @ k.double().mT * 64**-0.5).masked_fill(~allowed, float("-inf"))
+    torch.testing.assert_close(lse.double(), scores.logsumexp(-1), atol=2e-3, rtol=2e-3)
+    expected = scores.softmax(-1) @ v.double()
+    assert float((out.double() - expected).norm() / expected.norm()) < 5e-3
+
+
+def assert_close_given_routing(out, q, k, v, s, options, routes, left_padding=None):
+    """Output against the specification over the kernel's own selection, so borderline chunks are not counted
+    here."""
+    n = q.shape[2]
+    chunks = -(-n // options.chunk_size)
+    active = unpack(routes.mask, chunks)
+    own = torch.arange(n, device=q.device) // options.chunk_size
+    active |= torch.arange(chunks, device=q.device) == own[:, None]
+    expected, _ = specified(
+        *(x.double() for x in (q, k, v, s)), options, active=active, left_padding=left_padding
+    )
+    assert float((out.double() - expected).abs().max()) < 2e-2
+    assert float((out.double() - expected).norm() / expected.norm()) < 5e-3
+
+
+@pytest.mark.parametrize("n", [1, 15, 16, 17, 33, 70])
+@pytest.mark.parametrize("layout", ["bhnd", "bnhd"])
+def test_whole_operator(n, layout):
+    q, k, v, s = planted(n, batch=2, seed=n)
+    options = DashOptions(chunk_size=16)
+    stored = [x.transpose(1, 2).contiguous() if layout == "bnhd" else x for x in (q, k, v)]
+    out, routes = dash_attention(*stored, s, chunk_size=16, layout=layout, return_routing=True)
+    out = out.transpose(1, 2) if layout == "bnhd" else out
+    assert_close_given_routing(out, q, k, v, s, options, routes)
+
+
+@pytest.mark.parametrize("padding", [0, 1, 16, 19])
+def test_left_padding(padding):
+    q, k, v, s = planted(70, seed=9)
+    pad = torch.tensor([padding], dtype=torch.int32, device=DEVICE)
+    out, routes = dash_attention(q, k, v, s, chunk_size=16, left_padding=pad, return_routing=True)
+    assert_close_given_routing(out, q, k, v, s, DashOptions(chunk_size=16), routes, left_padding=pad)
+    assert bool((out[:, :, :padding] == 0).all())
+
+
+def test_options_that_are_not_covered_say_so():
+    q, k, v, s = planted(20)
+    with pytest.raises(ValueError, match="raw"):
+        dash_attention(q, k, v, s, preset="package")
+    with pytest.raises(ValueError, match="unknown option 'gamma'"):
+        dash_attention(q, k, v, s, gamma=1.0)
+    with pytest.raises(ValueError, match="unknown preset"):
+        dash_attention(q, k, v, s, preset="papers")
+
+
+def test_gradients_flow_to_all_inputs():
+    q, k, v, s = (x.clone().requires_grad_() for x in planted(40, seed=4, strength=1.0))
+    out = dash_attention(q, k, v, s, chunk_size=16, scaling_factor=0.5)
+    g = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+    out.backward(g)
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v, s)]
+    specified(*exact, DashOptions(chunk_size=16, scaling_factor=0.5))[0].backward(g.double())
+    for x, e in zip((q, k, v), exact, strict=False):
+        assert float((x.grad.double() - e.grad).norm() / e.grad.norm()) < 1e-2
+    cosine = torch.nn.functional.cosine_similarity(s.grad.double().flatten(), exact[3].grad.flatten(), 0)
+    assert torch.float16 == DTYPE or float(cosine) > 0.9  # 1/sigma gradients underflow in fp16
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", ["hopper", "portable"])
+@pytest.mark.parametrize("n", [64, 4096, 32768])
+def test_real_shape_on_a_gpu(n, kernel):
+    q, k, v, s = planted(n, kv_heads=2, group=16, dim=128, chunk=64, strength=2.0)
+    if kernel == "hopper" and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs a Hopper GPU")
+    summaries = summarize_chunks(k, s, 64)
+    routes = route_chunks(q, summaries, 64, save=True)
+    out, _ = block_sparse_attention(q, k, v, routes, kernel=kernel)
+    rows = torch.randint(0, n, (48,), device="cuda")
+    active = unpack(routes.mask[:, :, rows], n // 64) | (
+        torch.arange(n // 64, device="cuda") == (rows // 64)[:, None]
+    )
+    expected, _ = specified(*(x.double() for x in (q, k, v, s)), DashOptions(), rows=rows, active=active)
+    assert float((out[:, :, rows].double() - expected).norm() / expected.norm()) < 5e-3
+
+
+@pytest.mark.gpu
+def test_flat_logits_with_many_chunks_on_a_gpu():
+    q, k, _, s = planted(64 * 1500, kv_heads=1, group=16, dim=128, chunk=64)
+    q = q * 0.02
+    summaries = summarize_chunks(k, s, 64)
+    routes = route_chunks(q, summaries, 64, save=True)
+    rows = torch.arange(64 * 1500 - 32, 64 * 1500, device="cuda")
+    exact = route(q[:, :, rows].double(), summaries.double(), rows, 1500, DashOptions())
+    mask = unpack(routes.mask[:, :, rows], 1500)
+    expected = exact.active & (torch.arange(1500, device="cuda") < (rows // 64)[:, None])
+    sure = exact.margin > 1e-5
+    assert bool((mask == expected)[sure].all())
