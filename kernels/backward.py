@@ -27,11 +27,13 @@ _NEGLIGIBLE_BIAS_SIGMA = 1e5
 class RoutingGradient:
     """What the backward needs to differentiate the routing.
 
-    summary: `[B, Hkv, M', D]` chunk summaries with M' >= M - 1, in the dtype of q. summary_query: `[Hkv,
-    D]`, or one a chunk `[B, Hkv, M, D]`. tau: `[B, Hq, N]` float32, entmax threshold in units of x = (alpha
-    - 1) gamma / sqrt(D) <q, k_bar>. bias_mode: `centered` ((log w - mean) / sigma) or `raw` (log w, sigma
-    ignored). detach_mean: the mean of `centered` passes no gradient. forced: number of chunks directly
-    before a query's own that are attended without a bias. epsilon: weights up to this count as unrouted.
+    summary: `[B, Hkv, M', D]` chunk summaries with M' >= M - 1 (floor(N / C) with `completed`), in the
+    dtype of q. summary_query: `[Hkv, D]`, or one a chunk `[B, Hkv, M, D]`. tau: `[B, Hq, N]` float32,
+    entmax threshold in units of x = (alpha - 1) gamma / sqrt(D) <q, k_bar>. bias_mode: `centered` ((log w -
+    mean) / sigma) or `raw` (log w, sigma ignored). detach_mean: the mean of `centered` passes no gradient.
+    forced: number of chunks directly before a query's own that are attended without a bias. completed: a
+    chunk is visible from its last token on, not only from behind. epsilon: weights up to this count as
+    unrouted.
     """
 
     summary: torch.Tensor
@@ -43,6 +45,7 @@ class RoutingGradient:
     alpha: float = 1.5
     detach_mean: bool = False
     forced: int = 0
+    completed: bool = False
     epsilon: float = 1e-20
 
 
@@ -156,7 +159,7 @@ def attention_gradients(
     shared = dict(
         HEAD_DIM=head_dim, GROUP=group, HEADS=heads, TILE=tile, CHUNK=chunk_size, BIAS=bias_mode,
         APPLY_BIAS=apply_bias,
-        ALPHA_1_5=alpha == 1.5, PADDED=padding is not None,
+        ALPHA_1_5=alpha == 1.5, PADDED=padding is not None, COMPLETED=route and routing.completed,
     )  # fmt: skip
 
     grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
@@ -195,7 +198,7 @@ def attention_gradients(
     _chunk_kernel[(batch_heads * chunks * splits,)](
         q_rows, k_rows, v_rows, grad_rows, statistics, summary, entries, counts, padding, order,
         grad_k_parts, grad_v_parts, grad_summary, summary.stride()[:3],
-        tokens, chunks, tiles, capacity, batch_heads, kv_heads, splits, forced, *scalars,
+        tokens, chunks, tiles, capacity, batch_heads, kv_heads, splits, forced, summary.shape[2], *scalars,
         SUMMARY=here, num_warps=launch.chunk_warps, num_stages=launch.chunk_stages, **shared,
     )  # fmt: skip
     query_strides = (0, 0, 0)

@@ -44,7 +44,8 @@ def _finish_chunk(
 @triton.jit
 def _attend_tile(
     grad_k_rows, grad_v_rows, grad_k_bar, keys, values, k_bar, q, grad_out, batch, first_head, tile, seen,
-    biased, statistics, scale_log2, route_scale, logit_scale, inverse_sigma, epsilon, power_p, power_s,
+    member, biased, statistics, scale_log2, route_scale, logit_scale, inverse_sigma, epsilon,
+    power_p, power_s,
     HEAD_DIM: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, TILE: tl.constexpr,
     ROUTED: tl.constexpr, BIAS: tl.constexpr, APPLY_BIAS: tl.constexpr, SUMMARY: tl.constexpr,
     ALPHA_1_5: tl.constexpr,
@@ -60,7 +61,6 @@ def _attend_tile(
     if ROUTED and (APPLY_BIAS or SUMMARY):
         tau = tl.load(statistics + 2 * ROWS + row)
         excess = tl.max(tl.dot(k_bar, tl.trans(q_rows)), 0) * logit_scale - tau
-        member = tl.max(seen.to(tl.int32), 0) != 0
         p, s = entmax_terms(tl.where(member, tl.maximum(excess, 0.0), 0.0), ALPHA_1_5, power_p, power_s)
         w = tl.sum(tl.reshape(p, [TILE, HEADS]), 1) / GROUP
         w = tl.reshape(tl.broadcast_to(w[:, None], [TILE, HEADS]), [ROWS])
@@ -88,15 +88,26 @@ def _attend_tile(
     return grad_k_rows, grad_v_rows, grad_k_bar
 
 
-@triton.jit(do_not_specialize=["tokens", "chunks", "tiles", "capacity", "batch_heads", "splits", "forced"])
+@triton.jit(
+    do_not_specialize=[
+        "tokens",
+        "chunks",
+        "tiles",
+        "capacity",
+        "batch_heads",
+        "splits",
+        "forced",
+        "summaries",
+    ]
+)
 def _chunk_kernel(
     q, k, v, grad_out, statistics, summary, entries, counts, padding, order,
     grad_k_parts, grad_v_parts, grad_summary_parts, summary_strides,
-    tokens, chunks, tiles, capacity, batch_heads, kv_heads, splits, forced,
+    tokens, chunks, tiles, capacity, batch_heads, kv_heads, splits, forced, summaries,
     scale, route_scale, logit_scale, inverse_sigma, epsilon, power_p, power_s,
     HEAD_DIM: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
     BIAS: tl.constexpr, APPLY_BIAS: tl.constexpr, SUMMARY: tl.constexpr, ALPHA_1_5: tl.constexpr,
-    PADDED: tl.constexpr,
+    PADDED: tl.constexpr, COMPLETED: tl.constexpr,
 ):  # fmt: skip
     """One program a chunk and split of its list, longest lists first. The sums leave as float32 parts
     `[splits, B * Hkv, M * C, D]` (summaries `[splits, B * Hkv, M, D]`) for `_combine_kernel`: finishing here
@@ -121,11 +132,11 @@ def _chunk_kernel(
     k_bar = tl.zeros([16, HEAD_DIM], keys.dtype)
     if APPLY_BIAS or SUMMARY:
         # The summary is repeated to the 16 rows of the smallest matrix product; its gradient comes out
-        # likewise. The last chunk has no summary and no list.
+        # likewise. The last chunk may have no summary; then nobody routes to it.
         k_bar = tl.load(
             _head(summary, summary_strides, batch, kv_head) + chunk * summary_strides[2]
             + tl.zeros([16], tl.int32)[:, None] + dim[None, :],
-            mask=(dim < HEAD_DIM)[None, :] & (chunk + 1 < chunks), other=0.0,
+            mask=(dim < HEAD_DIM)[None, :] & (chunk < summaries), other=0.0,
         )  # fmt: skip
     first_head = kv_index * GROUP
     head_statistics = statistics + batch_head * tiles * (ROWS * 6)
@@ -139,12 +150,13 @@ def _chunk_kernel(
     for index in range(first, last):
         entry = tl.load(list_base + index)
         tile = entry >> TILE
-        seen = (((entry >> query) & 1) != 0)[None, :]
+        member = ((entry >> query) & 1) != 0
+        seen = member[None, :]
         if PADDED:
             seen = seen & present[:, None]
         grad_k_rows, grad_v_rows, grad_k_bar = _attend_tile(
             grad_k_rows, grad_v_rows, grad_k_bar, keys, values, k_bar, q, grad_out, batch_index, first_head,
-            tile, seen, chunk < tile // TILES_PER_CHUNK - forced, head_statistics, scale * _LOG2E,
+            tile, seen, member, chunk < tile // TILES_PER_CHUNK - forced, head_statistics, scale * _LOG2E,
             route_scale, logit_scale, inverse_sigma, epsilon, power_p, power_s,
             HEAD_DIM, GROUP, HEADS, TILE, True, BIAS, APPLY_BIAS, SUMMARY, ALPHA_1_5,
         )  # fmt: skip
@@ -152,12 +164,13 @@ def _chunk_kernel(
         own_tile = chunk * TILES_PER_CHUNK
         for index in range(tl.minimum(TILES_PER_CHUNK, tiles - own_tile)):
             tile = own_tile + index
+            member = (tile * TILE + query + 1) % CHUNK == 0
             seen = (position[:, None] <= (tile * TILE + query)[None, :]) & present[:, None]
             grad_k_rows, grad_v_rows, grad_k_bar = _attend_tile(
                 grad_k_rows, grad_v_rows, grad_k_bar, keys, values, k_bar, q, grad_out, batch_index,
-                first_head, tile, seen, False, head_statistics, scale * _LOG2E,
+                first_head, tile, seen, member, False, head_statistics, scale * _LOG2E,
                 route_scale, logit_scale, inverse_sigma, epsilon, power_p, power_s,
-                HEAD_DIM, GROUP, HEADS, TILE, False, BIAS, APPLY_BIAS, SUMMARY, ALPHA_1_5,
+                HEAD_DIM, GROUP, HEADS, TILE, COMPLETED, BIAS, APPLY_BIAS, SUMMARY, ALPHA_1_5,
             )  # fmt: skip
     part = (split.to(tl.int64) * batch_heads * chunks + owned) * HEAD_DIM
     tl.store(
