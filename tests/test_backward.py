@@ -102,7 +102,8 @@ def gradients(n, group, launch=None, deterministic=False, detach=False, pad=0, o
     out, lse, k_bar, tau, routed = dash(*exact, o, detach, q.dtype, pad)
     out.backward(grad.double())
     routing = RoutingGradient(
-        k_bar.detach().to(q.dtype), q_bar, tau.float(), o.bias_mode, o.scaling_factor, o.sigma, o.alpha, detach,
+        k_bar.detach().to(q.dtype), q_bar, tau.float(), o.bias_mode, o.scaling_factor, o.sigma, o.alpha,
+        detach,
         forced=int(o.forced == "own_and_previous"), completed=o.visibility == "completed",
     )  # fmt: skip
     saved = out.detach().to(q.dtype), lse.detach().float(), pack(routed)
