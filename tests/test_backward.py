@@ -1,11 +1,13 @@
 """Every gradient of the backward against autograd through float64."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from dashbench.kernels import reference
+from dashbench.kernels.attend import block_sparse_attention, routes_of_mask
 from dashbench.kernels.backward import (
     BackwardLaunch,
     RoutingGradient,
@@ -13,6 +15,7 @@ from dashbench.kernels.backward import (
     with_gradients,
 )
 from dashbench.kernels.backward_lists import chunk_lists, tile_lists
+from dashbench.kernels.dash import dash_attention
 from dashbench.kernels.reference import DashOptions
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -209,6 +212,37 @@ def test_autograd_reaches_every_input():
     assert torch.equal(ours, out.to(DTYPE))
     ours.backward(grad)
     check([x.grad for x in inputs], [x.grad for x in exact], TOLERANCE)
+
+
+def test_block_sparse_attention_is_differentiable():
+    q, k, v, _, grad = make(40, 2)
+    routed = torch.rand(1, 2, 40, 3, generator=torch.Generator().manual_seed(4)).to(DEVICE) < 0.5
+    routed &= torch.arange(3, device=DEVICE)[None] < (torch.arange(40, device=DEVICE) // 16)[:, None]
+    exact = [x.double().requires_grad_() for x in (q, k, v)]
+    attend(*exact, routed, torch.zeros_like(routed, dtype=torch.double), 16)[0].backward(grad.double())
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    routes = routes_of_mask(pack(routed), 16, 2)
+    block_sparse_attention(*inputs, routes)[0].backward(grad)
+    check([x.grad for x in inputs], [x.grad for x in exact], TOLERANCE)
+    with pytest.raises(ValueError, match="bit mask"):
+        block_sparse_attention(*inputs, replace(routes, mask=None))
+
+
+@pytest.mark.parametrize("pad", [0, 19])
+def test_whole_operator_trains(pad):
+    """The public function, forward and backward, against autograd through the specification."""
+    q, k, v, q_bar, grad = make(80, 2)
+    chosen = dict(chunk_size=16, scaling_factor=4.0, forced="own_and_previous", visibility="completed")
+    padding = torch.full((1,), pad, dtype=torch.int32, device=DEVICE)
+    exact = [x.double().requires_grad_() for x in (q, k, v, q_bar)]
+    out, _ = reference.dash_attention(*exact, DashOptions(**chosen), left_padding=padding)
+    out.backward(grad.double())
+    inputs = [x.requires_grad_() for x in (q, k, v, q_bar)]
+    dash_attention(*inputs, left_padding=padding if pad else None, **chosen).backward(grad)
+    # The summary query's gradient has the routing as its only source; bf16 summaries move the support's edge.
+    close = 1e-3 if DEVICE == "cpu" else 0.2
+    check([x.grad for x in inputs[:3]], [x.grad for x in exact[:3]], TOLERANCE)
+    assert relative(inputs[3].grad, exact[3].grad) < close
 
 
 def test_lists_enumerate_the_mask():
