@@ -169,7 +169,8 @@ class Timer:
         torch.cuda.current_stream().wait_stream(stream)
         copies = self.calls = len(self.operators)
         self._record()
-        # The graph is asked how long a call lasts, not an eager call, which may be all launch; and asked again
+        # The graph is asked how long a call lasts, not an eager call, which may be all launch; and asked
+        # again
         # once it is longer, because a short replay is mostly launch too.
         for _ in range(3):
             wanted = math.ceil(self.calls / copies * REPLAY_MS / max(self._replay_ms(), 1e-3))

@@ -10,15 +10,22 @@ set of earlier chunks. The
 summaries of one KV head fit into the L2 cache, so a pass that multiplies them again costs no more than
 reading stored scores would. Passes:
 
-1.  row maximum m, and the sums of exp(8 (x − m)) and exp(16 (x − m)), which rescale as the maximum grows. Were the
-    entries' distances to the maximum spread like A u^(p−1) / Γ(p), the two sums would give A and p and hence τ: a start
+1.  row maximum m, and the sums of exp(8 (x − m)) and exp(16 (x − m)), which rescale as the maximum grows.
+Were the
+    entries' distances to the maximum spread like A u^(p−1) / Γ(p), the two sums would give A and p and hence
+    τ: a start
     that is off by a few hundredths, where max − 1 is off by a half;
-2.  count, Σ(x − τ), Σ(x − τ)² of the entries above the current τ. Far from the solution the next τ is Newton's on
-    log Σ(x − τ)² against log(m − τ), which is nearly a straight line; near it, the root of the quadratic that the active
-    entries alone define. All inside a bracket that every pass shrinks. Two or three passes as a rule, all rows of the
+2.  count, Σ(x − τ), Σ(x − τ)² of the entries above the current τ. Far from the solution the next τ is
+Newton's on
+    log Σ(x − τ)² against log(m − τ), which is nearly a straight line; near it, the root of the quadratic
+    that the active
+    entries alone define. All inside a bracket that every pass shrinks. Two or three passes as a rule, all
+    rows of the
     tile together;
-3.  the lists: chunk numbers in ascending order with one bit for each query of the tile, in storage whose offsets have
-    a closed form (`backward_lists.tile_list_start`), so nothing is counted beforehand and nothing travels to the host.
+3.  the lists: chunk numbers in ascending order with one bit for each query of the tile, in storage whose
+offsets have
+    a closed form (`backward_lists.tile_list_start`), so nothing is counted beforehand and nothing travels to
+    the host.
 
 For other α the sums have other powers and every step is Newton's on the logarithms.
 
@@ -38,7 +45,8 @@ from dashbench.kernels.backward_lists import list_capacity, tile_list_start
 
 # A chunk whose weight (mean over heads) is at most this is not routed.
 EPSILON = 1e-20
-# τ is settled once no row moves by more than this, in units of x. The quadratic step is exact up to the k entries
+# τ is settled once no row moves by more than this, in units of x. The quadratic step is exact up to the k
+# entries
 # that it moves across; they change τ by at most k · SETTLED² / 2, under 3e-6 for two thousand of them.
 SETTLED = 5e-5
 # The quadratic step is taken where Σ(x − τ)² is this close to one.
@@ -282,7 +290,8 @@ def route_chunks(
         left_padding: `[B]` int32, or None.
         tile: T; default: 128 rows.
         save: also return τ, the bit mask and active block counts (training and reports).
-        launch: Triton launch options that replace the default ones (num_warps, num_stages, maxnreg).
+        launch: Triton launch options that replace the default ones (BLOCK chunks at a time,
+            num_warps, num_stages, maxnreg).
 
     Raises:
         ValueError: more chunks than 16 bits can number, or a tile that does not fit.
@@ -319,9 +328,9 @@ def route_chunks(
         tokens, chunks, known, tiles, capacity, words, kv_heads,
         (alpha - 1.0) * scaling_factor * dim**-0.5, 1.0 / (alpha - 1.0), EPSILON * group, SETTLED, NEAR,
         MAX_PASSES if fast else MAX_PASSES_GENERAL,
-        GROUP=group, HEADS=padded_heads, TILE=tile, CHUNK=chunk_size, HEAD_DIM=dim, BLOCK=64,
+        GROUP=group, HEADS=padded_heads, TILE=tile, CHUNK=chunk_size, HEAD_DIM=dim,
         ALPHA_1_5=fast, COMPLETED=visibility == "completed", FORCE_PREVIOUS=forced == "own_and_previous",
         PADDED=left_padding is not None, SAVE=save,
-        **{"num_warps": 8 if rows >= 128 else 4, "num_stages": 2, **(launch or {})},
+        **{"BLOCK": 64, "num_warps": 8 if rows >= 128 else 4, "num_stages": 2, **(launch or {})},
     )  # fmt: skip
     return Routes(entries, counts, tile, chunk_size, tau, mask, active)
