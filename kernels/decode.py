@@ -66,6 +66,7 @@ class DecodeLaunch:
         stages: depth of the attend loop's load pipeline.
         attend_warps: warps of an attend program.
         score_tile: chunks of a scores program.
+        route_warps: warps of a route program.
         overlap: launch each kernel before the previous one has drained (capability 9.0 and later).
     """
 
@@ -73,6 +74,7 @@ class DecodeLaunch:
     stages: int = 3
     attend_warps: int = 4
     score_tile: int = 32
+    route_warps: int = 4
     overlap: bool = False
 
 
@@ -103,6 +105,7 @@ class DecodeWorkspace:
         self.weights = torch.empty(*rows, kv_heads, chunks, **single)
         self.biases = torch.empty(*rows, kv_heads, chunks, **single)
         self.lists = torch.empty(*rows, kv_heads, chunks, **integer)
+        self.places = torch.empty(*rows, kv_heads, chunks, **integer)
         self.counts = torch.empty(*rows, kv_heads, **integer)
         # Kernels leave tickets at zero.
         self.route_tickets = torch.zeros(*rows, kv_heads, **integer)
@@ -178,25 +181,25 @@ class DecodeStep:
 
     def route(self) -> None:
         """Weights and lists of active chunks from the scores."""
-        space, options, common = self.workspace, self.options, self._common()
-        del common["PAGED"]
+        space, options = self.workspace, self.options
+        table, table_stride, per_page = self._pages()
         route_kernel[(self.kv_heads * self.group, self.rows)](
-            space.scores, space.weights, space.lists, space.biases, space.counts, self.cache.lengths,
-            space.route_tickets, self.new_tokens, self.chunks, 1 / (options.alpha - 1), 1 / options.sigma,
+            space.scores, space.weights, space.lists, space.places, space.biases, space.counts,
+            self.cache.lengths, table, space.route_tickets, table_stride, per_page, self.new_tokens, self.chunks, 1 / (options.alpha - 1), 1 / options.sigma,
             G=self.group, C=options.chunk_size, TILE=min(ROUTE_TILE, triton.next_power_of_2(self.chunks)),
             ALPHA_IS_1_5=options.alpha == 1.5, BIAS=options.bias_mode,
             FORCE_PREVIOUS=options.forced == "own_and_previous",
-            COMPLETED=options.visibility == "completed", num_warps=4, **common,
+            COMPLETED=options.visibility == "completed", num_warps=self.launch.route_warps, **self._common(),
         )  # fmt: skip
 
     def attend(self) -> None:
         """Partial attention of every split."""
         cache, space = self.cache, self.workspace
-        table, table_stride, per_page = self._pages()
+        per_page = self._pages()[2]
         attend_kernel[(space.splits, self.kv_heads, self.rows)](
-            self.query, cache.key, cache.value, space.lists, space.biases, space.counts, cache.lengths, table,
-            space.partial_output, space.partial_statistics, _strides(self.query), _strides(cache.key),
-            _strides(cache.value), table_stride, per_page, self.new_tokens, self.chunks,
+            self.query, cache.key, cache.value, space.lists, space.places, space.biases, space.counts,
+            cache.lengths, space.partial_output, space.partial_statistics, _strides(self.query), _strides(cache.key),
+            _strides(cache.value), per_page, self.new_tokens, self.chunks,
             self.scale * 1.4426950408889634,
             G=self.group, ROWS=_rows(self.group), C=self.options.chunk_size, D=self.head_dim,
             BLOCK=max(64, self.options.chunk_size), STAGES=self.launch.stages, BIAS=self.options.bias_mode,
@@ -231,7 +234,7 @@ def append(
     tickets: torch.Tensor,
     overlap: bool = False,
 ) -> None:
-    """Write new tokens behind each sequence's last one, summarise the chunks they complete, advance `lengths`.
+    """Write new tokens behind each sequence's last, summarise chunks they complete, advance `lengths`.
 
     Writing a whole prompt into an empty cache this way also makes its summaries. The caller sees to it that
     lengths stay within the capacity: it cannot be checked without reading the device.

@@ -42,7 +42,7 @@ def append_kernel(
     chunks_per_page, new_tokens, scale,
     C: tl.constexpr, D: tl.constexpr, PAGED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Write the new tokens of one (sequence, KV head) that fall in one chunk; summarise it if that completes it.
+    """Write the new tokens of one (sequence, KV head) in one chunk; summarise it if that completes it.
 
     The last program of a sequence adds `new_tokens` to its length.
     """
@@ -154,11 +154,13 @@ def _newton_step(threshold, upper, lower, power, ALPHA_IS_1_5: tl.constexpr):
 
 @triton.jit
 def route_kernel(
-    scores, weights, lists, biases, counts, lengths, tickets, new_tokens, capacity, power, inverse_sigma,
+    scores, weights, lists, places, biases, counts, lengths, page_table, tickets,
+    page_table_stride, chunks_per_page, new_tokens, capacity, power, inverse_sigma,
     G: tl.constexpr, C: tl.constexpr, TILE: tl.constexpr, ALPHA_IS_1_5: tl.constexpr,
-    BIAS: tl.constexpr, FORCE_PREVIOUS: tl.constexpr, COMPLETED: tl.constexpr, PDL: tl.constexpr,
+    BIAS: tl.constexpr, FORCE_PREVIOUS: tl.constexpr, COMPLETED: tl.constexpr, PAGED: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """Entmax of one query head, added to its group's weights; the group's last head writes the list of chunks.
+    """Entmax of one query head, added to its group's weights; the group's last head lists the chunks.
 
     α-entmax: p = [x − τ]₊^p with x = (α − 1) z, p = 1 / (α − 1), Σ p = 1 (Peters et al. 2019). Weights are
     added by atomics: their support does not depend on the order, their last bits may.
@@ -230,6 +232,14 @@ def route_kernel(
             active = (w > EPSILON) | forced
             rank = written + tl.cumsum(active.to(tl.int32), 0) - 1
             tl.store(lists + group * capacity + rank, chunk, active)
+            if PAGED:
+                # Resolved here, because a third dependent load keeps attend's loads out of the pipeline.
+                sequence = row // new_tokens
+                page, inside = _page_of(
+                    page_table, page_table_stride, sequence, tl.minimum(chunk, own), chunks_per_page, PAGED
+                )
+                place = (page * chunks_per_page + inside).to(tl.int32)
+                tl.store(places + group * capacity + rank, place, active)
             if BIAS != "none":
                 logarithm = tl.log(tl.where(forced, 1.0, tl.maximum(w, EPSILON)))
                 bias = (logarithm - mean) * inverse_sigma if BIAS == "centered" else logarithm
@@ -240,8 +250,8 @@ def route_kernel(
 
 @triton.jit
 def attend_kernel(
-    query, key, value, lists, biases, counts, lengths, page_table, partial_output, partial_statistics,
-    query_strides, key_strides, value_strides, page_table_stride, chunks_per_page, new_tokens, capacity,
+    query, key, value, lists, places, biases, counts, lengths, partial_output, partial_statistics,
+    query_strides, key_strides, value_strides, chunks_per_page, new_tokens, capacity,
     scale_log2,
     G: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
     STAGES: tl.constexpr, BIAS: tl.constexpr, PAGED: tl.constexpr, PDL: tl.constexpr,
@@ -270,10 +280,13 @@ def attend_kernel(
         if CHUNKS == 1:
             entry = block + 0 * o_t
             chunk = tl.load(lists + group * capacity + block)
+            place = tl.load(places + group * capacity + block) if PAGED else chunk
         else:
             entry = block * CHUNKS + o_t // C
             chunk = tl.load(lists + group * capacity + entry, entry < count, 0)
-        page, inside = _page_of(page_table, page_table_stride, sequence, chunk, chunks_per_page, PAGED)
+            place = tl.load(places + group * capacity + entry, entry < count, 0) if PAGED else chunk
+        page = (place // chunks_per_page).to(tl.int64) if PAGED else sequence
+        inside = place % chunks_per_page if PAGED else chunk
         slot = inside.to(tl.int64) * C + o_t % C
         keep = (entry < count) & (chunk * C + o_t % C <= position)  # [BLOCK]
         o_key = page * key_strides[0] + slot * key_strides[2]

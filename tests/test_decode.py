@@ -150,7 +150,7 @@ def test_append_writes_tokens_and_the_summaries_they_complete(page_size, new_tok
 )
 def test_unsupported_shapes_are_named(change, message):
     shape = {"batch": 1, "heads": 4, "kv_heads": 2, "capacity": 48, "dim": 64} | change
-    query, key, value, bar = draw(**shape)
+    query, key, value, _ = draw(**shape)
     cache = DecodeCache(key, value, key[:, :, :3], torch.ones(1, dtype=torch.int32, device=DEVICE))
     with pytest.raises(ValueError, match=message):
         DecodeStep(query, cache, DashOptions(16))
