@@ -63,7 +63,8 @@ class DecodeLaunch:
 
     Attributes:
         splits: programs that share one group's chunks; None fills the device once.
-        stages: depth of the attend loop's load pipeline.
+        stages: of the attend loop's pipeline. A chunk's place must be loaded before its keys, so Triton 3.6
+            has n tiles in flight ahead of the product from 2n + 1 stages.
         attend_warps: warps of an attend program.
         score_tile: chunks of a scores program.
         route_warps: warps of a route program.
@@ -71,12 +72,14 @@ class DecodeLaunch:
     """
 
     splits: int | None = None
-    stages: int = 3
+    stages: int = 5
     attend_warps: int = 4
     score_tile: int = 32
     route_warps: int = 4
     overlap: bool = False
 
+
+LOG2_E = 1.4426950408889634
 
 ROUTE_TILE = 2048
 """Chunks whose scores a route program keeps in registers; it reads the rest again in every step."""
@@ -185,7 +188,8 @@ class DecodeStep:
         table, table_stride, per_page = self._pages()
         route_kernel[(self.kv_heads * self.group, self.rows)](
             space.scores, space.weights, space.lists, space.places, space.biases, space.counts,
-            self.cache.lengths, table, space.route_tickets, table_stride, per_page, self.new_tokens, self.chunks, 1 / (options.alpha - 1), 1 / options.sigma,
+            self.cache.lengths, table, space.route_tickets, table_stride, per_page, self.new_tokens,
+            self.chunks, 1 / (options.alpha - 1), 1 / options.sigma,
             G=self.group, C=options.chunk_size, TILE=min(ROUTE_TILE, triton.next_power_of_2(self.chunks)),
             ALPHA_IS_1_5=options.alpha == 1.5, BIAS=options.bias_mode,
             FORCE_PREVIOUS=options.forced == "own_and_previous",
@@ -197,10 +201,10 @@ class DecodeStep:
         cache, space = self.cache, self.workspace
         per_page = self._pages()[2]
         attend_kernel[(space.splits, self.kv_heads, self.rows)](
-            self.query, cache.key, cache.value, space.lists, space.places, space.biases, space.counts,
-            cache.lengths, space.partial_output, space.partial_statistics, _strides(self.query), _strides(cache.key),
-            _strides(cache.value), per_page, self.new_tokens, self.chunks,
-            self.scale * 1.4426950408889634,
+            self.query, cache.key, cache.value, space.lists if cache.page_table is None else space.places,
+            space.biases, space.counts, cache.lengths, space.partial_output, space.partial_statistics,
+            _strides(self.query), _strides(cache.key), _strides(cache.value), per_page, self.new_tokens,
+            self.chunks, self.scale * LOG2_E,
             G=self.group, ROWS=_rows(self.group), C=self.options.chunk_size, D=self.head_dim,
             BLOCK=max(64, self.options.chunk_size), STAGES=self.launch.stages, BIAS=self.options.bias_mode,
             num_warps=self.launch.attend_warps, **self._common(),
@@ -254,8 +258,8 @@ def append(
         per_page = cache.key.shape[2] // chunk_size
     launch = {"launch_pdl": True} if overlap else {}
     append_kernel[((new_tokens - 1) // chunk_size + 2, kv_heads, batch)](
-        new_key, new_value, cache.key, cache.value, cache.summaries, summary_query, cache.lengths, table, tickets,
-        _strides(new_key), _strides(new_value), _strides(cache.key), _strides(cache.value),
+        new_key, new_value, cache.key, cache.value, cache.summaries, summary_query, cache.lengths, table,
+        tickets, _strides(new_key), _strides(new_value), _strides(cache.key), _strides(cache.value),
         _strides(cache.summaries), table_stride, per_page, new_tokens, head_dim**-0.5,
         C=chunk_size, D=head_dim, PAGED=cache.page_table is not None, PDL=overlap, num_warps=4, **launch,
     )  # fmt: skip

@@ -250,7 +250,7 @@ def route_kernel(
 
 @triton.jit
 def attend_kernel(
-    query, key, value, lists, places, biases, counts, lengths, partial_output, partial_statistics,
+    query, key, value, places, biases, counts, lengths, partial_output, partial_statistics,
     query_strides, key_strides, value_strides, chunks_per_page, new_tokens, capacity,
     scale_log2,
     G: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
@@ -279,16 +279,15 @@ def attend_kernel(
     for block in tl.range(begin, end, num_stages=STAGES):
         if CHUNKS == 1:
             entry = block + 0 * o_t
-            chunk = tl.load(lists + group * capacity + block)
-            place = tl.load(places + group * capacity + block) if PAGED else chunk
+            place = tl.load(places + group * capacity + block)
         else:
             entry = block * CHUNKS + o_t // C
-            chunk = tl.load(lists + group * capacity + entry, entry < count, 0)
-            place = tl.load(places + group * capacity + entry, entry < count, 0) if PAGED else chunk
+            place = tl.load(places + group * capacity + entry, entry < count, 0)
         page = (place // chunks_per_page).to(tl.int64) if PAGED else sequence
-        inside = place % chunks_per_page if PAGED else chunk
+        inside = place % chunks_per_page if PAGED else place
         slot = inside.to(tl.int64) * C + o_t % C
-        keep = (entry < count) & (chunk * C + o_t % C <= position)  # [BLOCK]
+        # The last chunk listed is the query's own; those before it are complete.
+        keep = (entry < count - 1) | ((entry == count - 1) & (o_t % C <= position % C))  # [BLOCK]
         o_key = page * key_strides[0] + slot * key_strides[2]
         o_value = page * value_strides[0] + slot * value_strides[2]
         b_key = tl.load(p_key + o_key[None, :] + o_d[:, None], keep[None, :], 0.0)  # [D, BLOCK]
@@ -317,7 +316,7 @@ def combine_kernel(
     partial_output, partial_statistics, output, output_strides, new_tokens, splits,
     D: tl.constexpr, SPLITS: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Join one query head's splits, WIDTH of its D outputs a program; empty splits have max −inf and sum 0."""
+    """Join one query head's splits, WIDTH of its D outputs a program; empty splits: max −inf, sum 0."""
     part, query_head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     _after_previous_kernel(PDL)
     o_s, o_d = tl.arange(0, SPLITS), part * WIDTH + tl.arange(0, WIDTH)
