@@ -154,3 +154,35 @@ def test_unsupported_shapes_are_named(change, message):
     cache = DecodeCache(key, value, key[:, :, :3], torch.ones(1, dtype=torch.int32, device=DEVICE))
     with pytest.raises(ValueError, match=message):
         DecodeStep(query, cache, DashOptions(16))
+
+
+def assert_low_precision_matches(dtype, batch, heads, kv_heads, capacity, dim, lengths, chunk):
+    """Routing is judged outside a margin, attention over the chunks that the kernel chose."""
+    tensors = draw(batch, heads, kv_heads, capacity, dim, seed=6)
+    query, key, value, bar = (x.to(dtype) for x in tensors)
+    options = DashOptions(chunk, bias_mode="none")
+    cache = filled(key, value, bar, chunk, lengths)
+    output, space = decode_attention(query, cache, options)
+    for b, length in enumerate(lengths):
+        active = torch.zeros(1, kv_heads, 1, -(-length // chunk), dtype=torch.bool, device=DEVICE)
+        for r in range(kv_heads):
+            active[0, r, 0, space.lists[b, 0, r, : space.counts[b, 0, r]].long()] = True
+        one = slice(b, b + 1)
+        want, routing = dash_attention(
+            query[one].double(), key[one, :, :length].double(), value[one, :, :length].double(),
+            bar.double(), options, active=active,
+        )  # fmt: skip
+        assert (routing.margin[active != routing.active] < 2e-2).all()
+        torch.testing.assert_close(output[one].double(), want, atol=2e-2, rtol=0)
+        assert (output[one].double() - want).norm() < 5e-3 * want.norm()
+
+
+def test_half_precision_matches_within_its_rounding():
+    assert_low_precision_matches(torch.float16, 2, 4, 2, 96, 64, [90, 33], 16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("chunk", [16, 64, 128])
+def test_real_sizes_match_within_rounding(dtype, chunk):
+    assert_low_precision_matches(dtype, 2, 32, 2, 16384, 128, [16384, 8001], chunk)
