@@ -29,8 +29,8 @@ def store(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli")
     suite = folder / "s.yaml"
     suite.write_text(
-        f"version: 1\nkind: kernels\nname: s\nmethods: [{{name: dense@math, python: {FAKE}}}, fa3]\nphase: prefill\n"
-        "context: [128, 256]\nshape: tiny\ndtype: bfloat16\ncache: warm\n"
+        f"version: 1\nkind: kernels\nname: s\nmethods: [{{name: dense@math, python: {FAKE}}}, fa3]\n"
+        "phase: prefill\ncontext: [128, 256]\nshape: tiny\ndtype: bfloat16\ncache: warm\n"
     )
     done = dashbench("run", suite, "--out", folder / "out")
     return suite, folder / "out", done
@@ -71,7 +71,8 @@ def test_running_again_does_nothing_new(store):
     ids=" ".join,
 )  # fmt: skip
 def test_verbs_answer_without_torch(words):
-    code = f"import atexit, sys; atexit.register(lambda: print('TORCH', 'torch' in sys.modules)); {RUN}"
+    after = "import atexit, sys; atexit.register(lambda: print('TORCH', 'torch' in sys.modules))"
+    code = f"{after}; {RUN}"
     done = dashbench(*words, code=code)
     assert (done.returncode == 0 and len(done.stdout) > 80) or words[0] == "validate", done.stderr
     assert done.stdout.rstrip().endswith("TORCH False")
