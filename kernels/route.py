@@ -12,13 +12,15 @@ reading stored scores would. Passes:
 
 1.  row maximum, and a lower bound of τ: every block of scores adds the tangent of its part of f(τ) = Σ [x −
 τ]₊² at the bound known so far.
-    f is convex, so the sum of tangents lies below it, and the root of the sum lies below τ;
-2.  count, Σ(x − τ), Σ(x − τ)² of the entries above the current τ, and from them the root of the quadratic
-that these entries alone
+    f is convex, so the sum of tangents lies below it, and the root of the sum lies below τ. A chunk that is
+    above the bound of any row becomes a candidate of the tile; τ only rises as chunks are added, so no other
+    chunk can be in a support. The candidates stand, for the time being, where the tile's list will;
+2.  over the candidates: count, Σ(x − τ), Σ(x − τ)² of the entries above the current τ, and from them the
+root of the quadratic that these entries alone
     define; inside a bracket that every pass shrinks. Repeated until no row of the tile moves: two or three
     times as a rule;
-3.  the lists: chunk numbers in ascending order with one bit for each query of the tile, in storage whose
-offsets have a closed form
+3.  the lists, over the candidates again unless the bit mask is wanted too: chunk numbers in ascending order
+with one bit for each query of the tile, in storage whose offsets have a closed form
     (`backward_lists.tile_list_start`), so nothing is counted beforehand and nothing travels to the host.
 
 For other α the second step is Newton's on f, from below, where it cannot overshoot (f is convex for α ≤ 2).
@@ -43,30 +45,61 @@ EPSILON = 1e-20
 # resolves 6e-8 there).
 SETTLED = 2e-7
 MAX_PASSES = 24
+# What fp32 sums may be off by when a lower bound of τ is derived from them.
+BOUND_MARGIN = tl.constexpr(1e-4)
 MAX_PASSES_GENERAL = 80
+# Stands behind a tile's last candidate; above every chunk number.
+NO_CHUNK = tl.constexpr(1 << 20)
 
 
 @triton.jit
 def _scores(
-    q, base, first, count, row_limit, column, dim, scale, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr
+    q, base, chunk, count, first_chunk, row_limit, dim, scale, HEAD_DIM: tl.constexpr, PADDED: tl.constexpr
 ):
-    """x of a block of chunks `[ROWS, BLOCK]`, −inf where a row may not see the chunk."""
-    chunk = first + column
+    """x of the chunks of a block `[ROWS, BLOCK]`, −inf where a row may not see the chunk."""
     summary = tl.load(
         base + chunk.to(tl.int64)[:, None] * HEAD_DIM + dim[None, :], mask=(chunk < count)[:, None], other=0.0
     )  # [BLOCK, D]
     x = tl.dot(q, tl.trans(summary)) * scale
-    return tl.where(chunk[None, :] < row_limit[:, None], x, float("-inf"))
+    seen = chunk[None, :] < row_limit[:, None]
+    if PADDED:
+        seen = seen & (chunk >= first_chunk)[None, :]
+    return tl.where(seen, x, float("-inf"))
 
 
-@triton.jit(do_not_specialize=["tokens", "chunks", "tiles", "capacity", "words", "start"])
+@triton.jit
+def _chunks(candidates, first, column, count, LISTED: tl.constexpr):
+    """Chunk numbers of a block: the candidates from `first` on, or simply the chunks from `first` on."""
+    if LISTED:
+        return tl.load(candidates + first + column, mask=first + column < count, other=NO_CHUNK)
+    return first + column
+
+
+@triton.jit
+def _either(a, b):
+    return a | b
+
+
+@triton.jit
+def _any_row(flags, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Column by column, whether any row's flag is set, `[BLOCK]` of 0 and 1.
+
+    32 columns at a time travel as the bits of one integer: a sixteenth of the exchanges between threads.
+    """
+    bit = tl.arange(0, 32)
+    words = tl.sum(tl.reshape(flags, [ROWS, BLOCK // 32, 32]) << bit[None, None, :], 2)
+    words = tl.reduce(words, 0, _either)
+    return tl.reshape((words[:, None] >> bit[None, :]) & 1, [BLOCK])
+
+
+@triton.jit(do_not_specialize=["tokens", "chunks", "known", "tiles", "capacity", "words"])
 def _route_kernel(
     query, summaries, entries, counts, tau_out, mask_out, active_out, padding,
     query_stride_b, query_stride_h, query_stride_n,
     tokens, chunks, known, tiles, capacity, words, kv_heads, scale, power, epsilon, settled, max_passes,
     GROUP: tl.constexpr, HEADS: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK: tl.constexpr, ALPHA_1_5: tl.constexpr, COMPLETED: tl.constexpr, FORCE_PREVIOUS: tl.constexpr,
-    PADDED: tl.constexpr, SAVE: tl.constexpr,
+    PADDED: tl.constexpr, SAVE: tl.constexpr, COMPACT: tl.constexpr,
 ):  # fmt: skip
     """One program a tile and KV head; late tiles, which have most to do, first."""
     index = tl.program_id(0) % (tl.num_programs(0) // tiles)
@@ -100,29 +133,46 @@ def _route_kernel(
     last = tl.minimum(last, known)
     start = (first_chunk // BLOCK) * BLOCK
 
+    list_base = entries + index.to(tl.int64) * capacity + tile_list_start(tile, CHUNK // TILE)
+    candidates = 0
+    # τ's bound and the tangents' sum are kept relative to the row's maximum, and move with it: τ is in
+    # [−1, 0) there, whatever the size of x.
     peak = tl.full([ROWS], float("-inf"), tl.float32)
-    low = tl.full([ROWS], float("-inf"), tl.float32)
+    low = tl.full([ROWS], -1.0, tl.float32)
     line = tl.zeros([ROWS], tl.float32)
     slope = tl.zeros([ROWS], tl.float32)
     for first in range(start, last, BLOCK):
-        x = _scores(q, base, first, last, row_limit, column, dim, scale, BLOCK, HEAD_DIM)
-        if PADDED:
-            x = tl.where((first + column >= first_chunk)[None, :], x, float("-inf"))
-        peak = tl.maximum(peak, tl.max(x, 1))
-        low = tl.maximum(low, peak - 1.0)
+        chunk = first + column
+        x = _scores(q, base, chunk, last, first_chunk, row_limit, dim, scale, HEAD_DIM, PADDED)
+        new_peak = tl.maximum(peak, tl.max(x, 1))
+        moved = tl.where(peak == float("-inf"), 0.0, new_peak - peak)
+        peak = new_peak
+        # +inf for a row that sees nothing yet: x − ∞ is in no support.
+        safe_peak = tl.where(peak == float("-inf"), float("inf"), peak)
+        low = tl.maximum(low - moved, -1.0)
         if ALPHA_1_5:
-            bound = tl.where(low == float("-inf"), 0.0, low)
-            gap = tl.maximum(x - bound[:, None], 0.0)
+            line -= slope * moved
+            gap = tl.maximum(x - (safe_peak + low)[:, None], 0.0)
             s1 = tl.sum(gap, 1)
-            line += tl.sum(gap * gap, 1) + 2.0 * s1 * bound
+            line += tl.sum(gap * gap, 1) + 2.0 * s1 * low
             slope += 2.0 * s1
-            low = tl.maximum(low, tl.where(slope > 0, (line - 1.0) / slope, float("-inf")) - 1e-4)
+            low = tl.maximum(low, tl.where(slope > 0, (line - 1.0) / slope, -1.0) - BOUND_MARGIN)
+        if COMPACT:
+            near = _any_row((x > (safe_peak + low)[:, None]).to(tl.int32), ROWS, BLOCK)
+            if FORCE_PREVIOUS:
+                near = near | (chunk == own - 1).to(tl.int32)
+            slot = candidates + tl.cumsum(near, 0) - near
+            tl.store(list_base + slot, chunk, mask=near != 0)
+            candidates += tl.sum(near, 0)
+    begin, end = start, last
+    if COMPACT:
+        tl.debug_barrier()  # the candidates were written by other threads than will read them
+        begin, end = 0, candidates
     empty = peak == float("-inf")
     peak = tl.where(empty, 0.0, peak)
-    # From here on everything is relative to the row's maximum: τ is in [−1, 0).
-    low = tl.where(empty, -1.0, tl.minimum(tl.maximum(low - peak, -1.0), -1e-6))
+    tau = tl.where(empty, -1.0, tl.minimum(low, -1e-6))
+    low = tl.full([ROWS], -1.0, tl.float32)
     high = tl.zeros([ROWS], tl.float32)
-    tau = low
     moving = 1
     passes = 0
     while (moving > 0) & (passes < max_passes):
@@ -130,10 +180,9 @@ def _route_kernel(
         s1 = tl.zeros([ROWS], tl.float32)
         s2 = tl.zeros([ROWS], tl.float32)
         level = peak + tau
-        for first in range(start, last, BLOCK):
-            x = _scores(q, base, first, last, row_limit, column, dim, scale, BLOCK, HEAD_DIM)
-            if PADDED:
-                x = tl.where((first + column >= first_chunk)[None, :], x, float("-inf"))
+        for first in range(begin, end, BLOCK):
+            chunk = _chunks(list_base, first, column, end, COMPACT)
+            x = _scores(q, base, chunk, last, first_chunk, row_limit, dim, scale, HEAD_DIM, PADDED)
             gap = tl.maximum(x - level[:, None], 0.0)
             if ALPHA_1_5:
                 count += tl.sum((gap > 0).to(tl.float32), 1)
@@ -166,23 +215,26 @@ def _route_kernel(
     level = peak + tau
     level = tl.where(empty, float("inf"), level)
     query_in_tile = tl.arange(0, TILE)
-    list_base = entries + index.to(tl.int64) * capacity + tile_list_start(tile, CHUNK // TILE)
     found = 0
     active = tl.zeros([TILE], tl.int32)
     query_position = tile * TILE + query_in_tile
     mask_row = mask_out + (index.to(tl.int64) * tokens + query_position.to(tl.int64)) * words
     bit = tl.arange(0, 32)
-    for first in range(0 if SAVE else start, own, BLOCK):
-        x = _scores(q, base, first, last, row_limit, column, dim, scale, BLOCK, HEAD_DIM)
-        if PADDED:
-            x = tl.where((first + column >= first_chunk)[None, :], x, float("-inf"))
+    LISTED: tl.constexpr = COMPACT and not SAVE
+    if SAVE:  # the bit mask's words are written whole, so every chunk is looked at again
+        begin, end = 0, own
+    elif not COMPACT:
+        end = own
+    for first in range(begin, end, BLOCK):
+        # The list overwrites the candidates: no further than they have been read.
+        chunk = _chunks(list_base, first, column, end, LISTED)
+        x = _scores(q, base, chunk, last, first_chunk, row_limit, dim, scale, HEAD_DIM, PADDED)
         gap = tl.maximum(x - level[:, None], 0.0)
         if ALPHA_1_5:
             weight = gap * gap
         else:
             weight = tl.where(gap > 0, tl.exp2(power * tl.log2(tl.maximum(gap, 1e-30))), 0.0)
         total = tl.sum(tl.reshape(weight, [TILE, HEADS, BLOCK]), 1)  # [T, BLOCK], G times w
-        chunk = first + column
         chosen = (total > epsilon) & (chunk < own)[None, :]
         if FORCE_PREVIOUS:
             chosen = chosen | (chunk == own - 1)[None, :]
@@ -262,6 +314,7 @@ def route_chunks(
     left_padding: torch.Tensor | None = None,
     tile: int | None = None,
     save: bool = False,
+    compact: bool = True,
 ) -> Routes:
     """Routes every query of a causal sequence.
 
@@ -277,6 +330,9 @@ def route_chunks(
         left_padding: `[B]` int32, or None.
         tile: T; default: 128 rows.
         save: also return τ, the bit mask and active block counts (training and reports).
+        compact: search the threshold among the candidates only, not among all chunks again; the result is
+            the same. Always off for `completed`, where the own chunk takes part in the threshold but has no
+            place in the list.
 
     Raises:
         ValueError: more chunks than 16 bits can number, or a tile that does not fit.
@@ -315,6 +371,7 @@ def route_chunks(
         MAX_PASSES if fast else MAX_PASSES_GENERAL,
         GROUP=group, HEADS=padded_heads, TILE=tile, CHUNK=chunk_size, HEAD_DIM=dim, BLOCK=64,
         ALPHA_1_5=fast, COMPLETED=visibility == "completed", FORCE_PREVIOUS=forced == "own_and_previous",
-        PADDED=left_padding is not None, SAVE=save, num_warps=8 if rows >= 128 else 4, num_stages=2,
+        PADDED=left_padding is not None, SAVE=save,
+        COMPACT=compact and visibility == "own", num_warps=8 if rows >= 128 else 4, num_stages=2,
     )  # fmt: skip
     return Routes(entries, counts, tile, chunk_size, tau, mask, active)

@@ -105,6 +105,31 @@ def test_routing_variants(visibility, forced, alpha):
     check_routes(q, k, s, DashOptions(16, 0.8, alpha, 1e6, "centered", forced, visibility), margin=1e-4)
 
 
+@pytest.mark.parametrize(("padding", "forced"), [(None, "own"), (37, "own_and_previous")])
+def test_lists_from_candidates_equal_lists_from_all_chunks(padding, forced):
+    """More chunks than a block holds, so bounds and candidates pass from block to block."""
+    chunk, chunks = 16, 66
+    n = chunk * chunks
+    q, k, _, s = planted(n, kv_heads=1, group=4, seed=5, strength=4.0)
+    pad = None if padding is None else torch.tensor([padding], dtype=torch.int32, device=DEVICE)
+    summaries = summarize_chunks(k, s, chunk, pad)
+    saved, found, plain = (
+        route_chunks(q, summaries, chunk, forced=forced, left_padding=pad, **more)
+        for more in ({"save": True}, {}, {"compact": False})
+    )
+    mask = unpack(saved.mask, chunks)
+    assert 0.02 < float(mask.float().mean()) < 0.4
+    for routes in (saved, found, plain):
+        assert torch.equal(listed(routes, n), mask.cpu())
+    rows = torch.arange(n - 40, n, device=q.device)
+    first = None if pad is None else pad // chunk
+    options = DashOptions(chunk_size=chunk, forced=forced)
+    exact = route(q[:, :, rows].double(), summaries.double(), rows, chunks, options, first)
+    expected = exact.active & (torch.arange(chunks, device=q.device) < (rows // chunk)[:, None])
+    sure = exact.margin > 1e-5
+    assert bool((mask[:, :, rows] == expected)[sure].all())
+
+
 def test_flat_logits_route_everywhere():
     q, k, _, s = planted(130, kv_heads=1, group=4)
     mask = check_routes(q * 1e-3, k, s, DashOptions(chunk_size=16, scaling_factor=1.0))
