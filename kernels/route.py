@@ -94,12 +94,14 @@ def _any_row(flags, ROWS: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["tokens", "chunks", "known", "tiles", "capacity", "words"])
 def _route_kernel(
-    query, summaries, entries, counts, tau_out, mask_out, active_out, padding,
+    query, summaries, entries, counts, tau_out, mask_out, active_out, bias_out, padding,
     query_stride_b, query_stride_h, query_stride_n,
     tokens, chunks, known, tiles, capacity, words, kv_heads, scale, power, epsilon, settled, max_passes,
+    inverse_sigma,
     GROUP: tl.constexpr, HEADS: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK: tl.constexpr, ALPHA_1_5: tl.constexpr, COMPLETED: tl.constexpr, FORCE_PREVIOUS: tl.constexpr,
     PADDED: tl.constexpr, SAVE: tl.constexpr, COMPACT: tl.constexpr,
+    BIAS: tl.constexpr,
 ):  # fmt: skip
     """One program a tile and KV head; late tiles, which have most to do, first."""
     index = tl.program_id(0) % (tl.num_programs(0) // tiles)
@@ -217,6 +219,9 @@ def _route_kernel(
     query_in_tile = tl.arange(0, TILE)
     found = 0
     active = tl.zeros([TILE], tl.int32)
+    log_sum = tl.zeros([TILE], tl.float32)
+    routed_chunks = tl.zeros([TILE], tl.float32)
+    bias_base = bias_out + (index.to(tl.int64) * capacity + tile_list_start(tile, CHUNK // TILE)) * TILE
     query_position = tile * TILE + query_in_tile
     mask_row = mask_out + (index.to(tl.int64) * tokens + query_position.to(tl.int64)) * words
     bit = tl.arange(0, 32)
@@ -236,14 +241,22 @@ def _route_kernel(
             weight = tl.where(gap > 0, tl.exp2(power * tl.log2(tl.maximum(gap, 1e-30))), 0.0)
         total = tl.sum(tl.reshape(weight, [TILE, HEADS, BLOCK]), 1)  # [T, BLOCK], G times w
         chosen = (total > epsilon) & (chunk < own)[None, :]
+        routed = chosen
         if FORCE_PREVIOUS:
             chosen = chosen | (chunk == own - 1)[None, :]
+            routed = routed & (chunk != own - 1)[None, :]
         chosen = (chosen & (query_position < tokens)[:, None]).to(tl.int32)
         active += tl.sum(chosen, 1)
         query_bits = tl.sum(chosen << query_in_tile[:, None], 0)
         listed = (query_bits != 0).to(tl.int32)
         slot = found + tl.cumsum(listed, 0) - listed
         tl.store(list_base + slot, chunk | (query_bits << 16), mask=listed != 0)
+        if BIAS != 0:
+            log_w = tl.where(routed, tl.log(tl.where(routed, total, GROUP) / GROUP), 0.0)  # [T, BLOCK]
+            log_sum += tl.sum(log_w, 1)
+            routed_chunks += tl.sum(routed.to(tl.float32), 1)
+            at = slot.to(tl.int64)[None, :] * TILE + query_in_tile[:, None]
+            tl.store(bias_base + at, log_w, mask=(listed != 0)[None, :])
         found += tl.sum(listed, 0)
         if SAVE:
             packed = tl.sum(tl.reshape(chosen, [TILE, BLOCK // 32, 32]) << bit[None, None, :], 2)
@@ -254,6 +267,18 @@ def _route_kernel(
                 mask=(query_position < tokens)[:, None] & (word < words)[None, :],
             )
     tl.store(counts + index.to(tl.int64) * tiles + tile, found)
+    if BIAS == 1:  # centred: the mean is known only now
+        tl.debug_barrier()
+        mean = log_sum / tl.maximum(routed_chunks, 1.0)
+        for first in range(0, found, BLOCK):
+            slot = first + column
+            chunk = tl.load(list_base + slot, mask=slot < found, other=0) & 0xFFFF
+            at = slot.to(tl.int64)[None, :] * TILE + query_in_tile[:, None]
+            log_w = tl.load(bias_base + at, mask=(slot < found)[None, :], other=0.0)
+            b = (log_w - mean[:, None]) * inverse_sigma
+            if FORCE_PREVIOUS:
+                b = tl.where((chunk == own - 1)[None, :], 0.0, b)
+            tl.store(bias_base + at, b, mask=(slot < found)[None, :])
     if SAVE:
         done = tl.cdiv(own, BLOCK) * (BLOCK // 32)
         for first in range(done, words, 32):  # words behind the own chunk hold nothing
@@ -285,6 +310,8 @@ class Routes:
         tau: `[B, Hq, N]` fp32: thresholds of x (+inf where nothing is visible), or None if not asked for.
         mask: `[B, Hkv, N, W]` int32: bit c % 32 of word c // 32, own chunk not included, or None.
         active_blocks: `[B, Hkv, N]` int32: attended chunks, own one included, or None.
+        bias: `[B, Hkv, capacity, T]` fp32: what an entry adds to the scores of each query of its tile
+            (natural logarithm; meaningless where the query's bit is not set), or None for nothing.
     """
 
     entries: torch.Tensor
@@ -294,6 +321,7 @@ class Routes:
     tau: torch.Tensor | None = None
     mask: torch.Tensor | None = None
     active_blocks: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
 
 
 def tile_size(group: int, chunk_size: int, rows: int = 128) -> int:
@@ -314,6 +342,8 @@ def route_chunks(
     left_padding: torch.Tensor | None = None,
     tile: int | None = None,
     save: bool = False,
+    bias_mode: str = "none",
+    sigma: float = 1.0,
     compact: bool = True,
 ) -> Routes:
     """Routes every query of a causal sequence.
@@ -330,6 +360,8 @@ def route_chunks(
         left_padding: `[B]` int32, or None.
         tile: T; default: 128 rows.
         save: also return τ, the bit mask and active block counts (training and reports).
+        bias_mode: `centered` or `raw` also return the prior's bias, T times as large as the lists; `none`.
+        sigma: σ of `centered`.
         compact: search the threshold among the candidates only, not among all chunks again; the result is
             the same. Always off for `completed`, where the own chunk takes part in the threshold but has no
             place in the list.
@@ -359,19 +391,24 @@ def route_chunks(
         tau = torch.empty(batch, heads, tokens, dtype=torch.float32, device=device)
         mask = torch.empty(batch, kv_heads, tokens, words, dtype=torch.int32, device=device)
         active = torch.empty(batch, kv_heads, tokens, dtype=torch.int32, device=device)
+    bias = None
+    if bias_mode != "none":
+        bias = torch.empty(batch, kv_heads, capacity, tile, dtype=torch.float32, device=device)
     query = query if query.stride(-1) == 1 else query.contiguous()
     fast = alpha == 1.5
     rows = tile * padded_heads
     _route_kernel[(tiles * batch * kv_heads,)](
         query, summaries, entries, counts, tau if save else counts, mask if save else counts,
-        active if save else counts, left_padding if left_padding is not None else counts,
+        active if save else counts, bias if bias is not None else counts,
+        left_padding if left_padding is not None else counts,
         *query.stride()[:3],
         tokens, chunks, known, tiles, capacity, words, kv_heads,
         (alpha - 1.0) * scaling_factor * dim**-0.5, 1.0 / (alpha - 1.0), EPSILON * group, SETTLED,
-        MAX_PASSES if fast else MAX_PASSES_GENERAL,
+        MAX_PASSES if fast else MAX_PASSES_GENERAL, 1.0 / sigma,
         GROUP=group, HEADS=padded_heads, TILE=tile, CHUNK=chunk_size, HEAD_DIM=dim, BLOCK=64,
         ALPHA_1_5=fast, COMPLETED=visibility == "completed", FORCE_PREVIOUS=forced == "own_and_previous",
         PADDED=left_padding is not None, SAVE=save,
-        COMPACT=compact and visibility == "own", num_warps=8 if rows >= 128 else 4, num_stages=2,
+        BIAS=("none", "centered", "raw").index(bias_mode), COMPACT=compact and visibility == "own",
+        num_warps=8 if rows >= 128 else 4, num_stages=2,
     )  # fmt: skip
-    return Routes(entries, counts, tile, chunk_size, tau, mask, active)
+    return Routes(entries, counts, tile, chunk_size, tau, mask, active, bias)
