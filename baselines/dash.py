@@ -68,7 +68,12 @@ def prepare(
         position = torch.arange(problem.query.shape[2], device=problem.query.device)
         return (routes.active_blocks.long() - 1) * chunk + position % chunk + 1
 
-    shared = {"reference": expectation(problem, options), "selected": selected, "kept": kept, "notes": notes}
+    shared = {
+        "reference": expectation(problem, options, rounded=True),
+        "selected": selected,
+        "kept": kept,
+        "notes": notes,
+    }
     if problem.phase == "prefill":
 
         def run() -> torch.Tensor:

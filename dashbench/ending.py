@@ -62,11 +62,12 @@ def print_ending(suite: Suite, summary: Summary) -> int:
         console.print(results_table(shown))
         for line in trouble_lines(shown):
             console.print(line, markup=False)
-    environments = {r["environment_key"] for r in shown}
+    environments = {r["environment_key"] for r in shown if r["status"] == "ok"}
     if len(environments) == 1:
         for draw, kind in ((draw_latency, "latency"), (draw_speedup, "speedup")):
             path = summary.store.with_name(f"{summary.store.stem}-{kind}.png")
-            if draw(shown, path, f"{suite.spec.name}, {shown[0]['environment']['device']}"):
+            device = next(r["environment"]["device"] for r in shown if r["status"] == "ok")
+            if draw(shown, path, f"{suite.spec.name}, {device}"):
                 console.print(f"figure: {path}", markup=False)
     elif len(environments) > 1:
         console.print(

@@ -38,8 +38,10 @@ from dashbench.timing_options import TimingOptions
 DONE = ("ok", "skipped")
 LOG_TAIL = 2000
 START_TIMEOUT_S = 180.0
-# A worker on a CPU may take this share of the memory that is free when the run starts.
+# A worker on a CPU may take this share of the memory that is free when the run starts, or as many GiB as the
+# variable says.
 HOST_MEMORY_SHARE = 0.8
+MEMORY_VARIABLE = "DASHBENCH_HOST_MEMORY_GIB"
 # Methods of a group are loaded together while their inputs take less than this share of the GPU.
 GROUP_SHARE = 0.6
 
@@ -308,7 +310,9 @@ class Runner:
         first = points[0].method
         environment, _ = self._environment(first)
         if environment["kind"] == "cpu":
-            self.memory_limit = int(HOST_MEMORY_SHARE * psutil.virtual_memory().available)
+            given = os.environ.get(MEMORY_VARIABLE)
+            free = psutil.virtual_memory().available
+            self.memory_limit = int(float(given) * 2**30) if given else int(HOST_MEMORY_SHARE * free)
             self._drop_worker(first)  # restarted with the limit
         self.ceilings = self._ask(first, {"do": "ceilings"}).get("ceilings", {})
 

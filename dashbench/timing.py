@@ -169,20 +169,26 @@ class Timer:
         torch.cuda.current_stream().wait_stream(stream)
         copies = self.calls = len(self.operators)
         self._record()
-        # The graph is asked how long a call lasts, not an eager call, which may be all launch: too short a
-        # replay would time the replaying.
-        for _ in range(2):
+        # The graph is asked how long a call lasts, not an eager call, which may be all launch; and asked
+        # again
+        # once it is longer, because a short replay is mostly launch too.
+        for _ in range(3):
+            wanted = math.ceil(self.calls / copies * REPLAY_MS / max(self._replay_ms(), 1e-3))
+            rounds = min(wanted, max(1, MAX_CALLS_IN_GRAPH // copies))
+            if rounds * copies <= self.calls:
+                break
+            self.calls = rounds * copies
+            self._graph = self._static = None
+            self._record()
+
+    def _replay_ms(self) -> float:
+        for _ in range(2):  # the first replay uploads the graph
             ((begin, end),) = _events(1)
             begin.record()
             self._graph.replay()
             end.record()
             torch.cuda.synchronize()
-        wanted = math.ceil(REPLAY_MS / max(begin.elapsed_time(end), 1e-3))
-        rounds = min(wanted, max(1, MAX_CALLS_IN_GRAPH // copies))
-        if rounds > 1:
-            self.calls = rounds * copies
-            self._graph = self._static = None
-            self._record()
+        return begin.elapsed_time(end)
 
     def _record(self) -> None:
         """Captures `self.calls` calls, through the copies in turn, and keeps the output of the first."""

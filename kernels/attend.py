@@ -22,6 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
+from dashbench.kernels.backward import with_gradients
 from dashbench.kernels.backward_lists import list_capacity, tile_list_start, tile_lists
 from dashbench.kernels.route import Routes, tile_size
 
@@ -164,6 +165,8 @@ def block_sparse_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of every query over its listed chunks and, causally, its own chunk.
 
+    Differentiable in query, key and value (the lists are constants); lse carries no gradient.
+
     Args:
         query: `[B, Hq, N, D]`, bf16 or fp16, any strides with a contiguous last dimension.
         key, value: `[B, Hkv, N, D]`, likewise.
@@ -177,7 +180,7 @@ def block_sparse_attention(
 
     Raises:
         ValueError: shapes, head dim (64 or 128) or chunk size (16 to 128, a power of two) that the kernels
-            do not cover.
+            do not cover; gradients asked for without `routes.mask`.
     """
     batch, heads, tokens, dim = query.shape
     kv_heads = key.shape[1]
@@ -185,6 +188,19 @@ def block_sparse_attention(
         raise ValueError(f"{heads} query heads are not a multiple of {kv_heads} KV heads")
     if dim not in (64, 128) or routes.chunk_size not in (16, 32, 64, 128):
         raise ValueError(f"unsupported: head dim {dim}, chunk size {routes.chunk_size}")
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
+        if routes.mask is None:
+            raise ValueError(
+                "gradients need the routes' bit mask: make them with save=True or routes_of_mask"
+            )
+        with torch.no_grad():
+            out, lse = block_sparse_attention(
+                query, key, value, routes, left_padding=left_padding, kernel=kernel
+            )
+        out = with_gradients(
+            out, query, key, value, lse, routes.mask, routes.chunk_size, padding=left_padding
+        )
+        return out, lse
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     if (kernel or kernel_for(query, key, routes, left_padding)) == "hopper":
         from dashbench.kernels.attend_hopper import attend_hopper

@@ -27,11 +27,13 @@ _NEGLIGIBLE_BIAS_SIGMA = 1e5
 class RoutingGradient:
     """What the backward needs to differentiate the routing.
 
-    summary: `[B, Hkv, M', D]` chunk summaries with M' >= M - 1, in the dtype of q. summary_query: `[Hkv,
-    D]`, or one a chunk `[B, Hkv, M, D]`. tau: `[B, Hq, N]` float32, entmax threshold in units of x = (alpha
-    - 1) gamma / sqrt(D) <q, k_bar>. bias_mode: `centered` ((log w - mean) / sigma) or `raw` (log w, sigma
-    ignored). detach_mean: the mean of `centered` passes no gradient. forced: number of chunks directly
-    before a query's own that are attended without a bias. epsilon: weights up to this count as unrouted.
+    summary: `[B, Hkv, M', D]` chunk summaries with M' >= M - 1 (floor(N / C) with `completed`), in the
+    dtype of q. summary_query: `[Hkv, D]`, or one a chunk `[B, Hkv, M, D]`. tau: `[B, Hq, N]` float32,
+    entmax threshold in units of x = (alpha - 1) gamma / sqrt(D) <q, k_bar>. bias_mode: `centered` ((log w -
+    mean) / sigma) or `raw` (log w, sigma ignored). detach_mean: the mean of `centered` passes no gradient.
+    forced: number of chunks directly before a query's own that are attended without a bias. completed: a
+    chunk is visible from its last token on, not only from behind. epsilon: weights up to this count as
+    unrouted.
     """
 
     summary: torch.Tensor
@@ -43,6 +45,7 @@ class RoutingGradient:
     alpha: float = 1.5
     detach_mean: bool = False
     forced: int = 0
+    completed: bool = False
     epsilon: float = 1e-20
 
 
@@ -156,14 +159,14 @@ def attention_gradients(
     shared = dict(
         HEAD_DIM=head_dim, GROUP=group, HEADS=heads, TILE=tile, CHUNK=chunk_size, BIAS=bias_mode,
         APPLY_BIAS=apply_bias,
-        ALPHA_1_5=alpha == 1.5, PADDED=padding is not None,
+        ALPHA_1_5=alpha == 1.5, PADDED=padding is not None, COMPLETED=route and routing.completed,
     )  # fmt: skip
 
     grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     float32 = dict(dtype=torch.float32, device=q.device)
     statistics = torch.empty(batch_heads, tiles, STATISTICS, tile * heads, **float32)
     here = route and deterministic  # the chunk kernel sums the summaries' gradient itself
-    splits = launch.splits or max(1, min(8, 8 * _multiprocessors(q.device) // (batch_heads * chunks)))
+    splits = launch.splits or max(1, min(8, 16 * _multiprocessors(q.device) // (batch_heads * chunks)))
     summary_parts = splits if here else 1
     grad_summary = torch.zeros(summary_parts, batch_heads, chunks, head_dim, **float32) if route else lse
     grad_summary_query = torch.empty(batch, kv_heads, chunks, head_dim, **float32) if route else lse
@@ -190,31 +193,24 @@ def attention_gradients(
 
     entries, counts = chunk_lists(mask, chunk_size, tile)
     order = torch.argsort(counts.view(-1), descending=True)
-    finish = splits == 1
     part_shape = (splits, batch_heads, chunks * chunk_size, head_dim)
-    grad_k_out, grad_v_out = (
-        (grad_k, grad_v) if finish else (torch.empty(part_shape, **float32) for _ in range(2))
-    )
+    grad_k_parts, grad_v_parts = torch.empty(part_shape, **float32), torch.empty(part_shape, **float32)
+    _chunk_kernel[(batch_heads * chunks * splits,)](
+        q_rows, k_rows, v_rows, grad_rows, statistics, summary, entries, counts, padding, order,
+        grad_k_parts, grad_v_parts, grad_summary, summary.stride()[:3],
+        tokens, chunks, tiles, capacity, batch_heads, kv_heads, splits, forced, summary.shape[2], *scalars,
+        SUMMARY=here, num_warps=launch.chunk_warps, num_stages=launch.chunk_stages, **shared,
+    )  # fmt: skip
     query_strides = (0, 0, 0)
     if route:
         query_strides = (0, head_dim, 0) if summary_query.ndim == 2 else summary_query.stride()[:3]
-    _chunk_kernel[(batch_heads * chunks * splits,)](
-        q_rows, k_rows, v_rows, grad_rows, statistics, summary, summary_query, entries, counts, padding,
-        order,
-        grad_k_out, grad_v_out,
-        grad_summary, grad_summary_query,
-        *(x.stride()[:3] for x in (grad_k, grad_v, summary)), query_strides,
-        tokens, chunks, tiles, capacity, batch_heads, kv_heads, splits, forced, *scalars,
-        SUMMARY=here, FINISH=finish, num_warps=launch.chunk_warps, num_stages=launch.chunk_stages, **shared,
+    _combine_kernel[(batch_heads * chunks,)](
+        k, summary_query, padding, grad_k_parts, grad_v_parts, grad_summary, grad_k, grad_v,
+        grad_summary_query,
+        *(x.stride()[:3] for x in (k, grad_k, grad_v)), query_strides,
+        tokens, chunks, batch_heads, kv_heads, splits, summary_parts, scale,
+        HEAD_DIM=head_dim, CHUNK=chunk_size, BIAS=bias_mode, PADDED=padding is not None, num_warps=4,
     )  # fmt: skip
-    if not finish:
-        _combine_kernel[(batch_heads * chunks,)](
-            k, summary_query, padding, grad_k_out, grad_v_out, grad_summary, grad_k, grad_v,
-            grad_summary_query,
-            *(x.stride()[:3] for x in (k, grad_k, grad_v)), query_strides,
-            tokens, chunks, batch_heads, kv_heads, splits, summary_parts, scale,
-            HEAD_DIM=head_dim, CHUNK=chunk_size, BIAS=bias_mode, PADDED=padding is not None, num_warps=4,
-        )  # fmt: skip
     if not route:
         return grad_q, grad_k, grad_v, None
     if summary_query.ndim == 2:

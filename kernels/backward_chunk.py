@@ -3,8 +3,8 @@
 A program owns one chunk of one KV head, holds its keys and values, and walks the tiles of queries that read
 it (T queries x G heads are the rows of each matrix product, so the sum over the group comes for free): dv =
 sum P^T dO, dk = scale * sum dS^T q. Nothing is added atomically and the lists are in ascending order, so
-the result is deterministic. The summary's backward ends the same program, because its inputs are then on
-chip: with a = softmax(scale * k q_bar) and the summary's gradient r = d k_bar, u_t = <k_t, r>, t_t = a_t
+the result is deterministic. A second kernel adds the parts of a chunk whose list was split, and the summary's
+backward: with a = softmax(scale * k q_bar) and the summary's gradient r = d k_bar, u_t = <k_t, r>, t_t = a_t
 (u_t - sum a u), the keys get a_t r + scale * t_t q_bar and the summary query gets scale * sum_t t_t k_t.
 """
 
@@ -44,7 +44,8 @@ def _finish_chunk(
 @triton.jit
 def _attend_tile(
     grad_k_rows, grad_v_rows, grad_k_bar, keys, values, k_bar, q, grad_out, batch, first_head, tile, seen,
-    biased, statistics, scale_log2, route_scale, logit_scale, inverse_sigma, epsilon, power_p, power_s,
+    member, biased, statistics, scale_log2, route_scale, logit_scale, inverse_sigma, epsilon,
+    power_p, power_s,
     HEAD_DIM: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, TILE: tl.constexpr,
     ROUTED: tl.constexpr, BIAS: tl.constexpr, APPLY_BIAS: tl.constexpr, SUMMARY: tl.constexpr,
     ALPHA_1_5: tl.constexpr,
@@ -59,8 +60,7 @@ def _attend_tile(
     delta = tl.load(statistics + ROWS + row)
     if ROUTED and (APPLY_BIAS or SUMMARY):
         tau = tl.load(statistics + 2 * ROWS + row)
-        excess = tl.sum(q_rows.to(tl.float32) * k_bar[None, :], 1) * logit_scale - tau
-        member = tl.max(seen.to(tl.int32), 0) != 0
+        excess = tl.max(tl.dot(k_bar, tl.trans(q_rows)), 0) * logit_scale - tau
         p, s = entmax_terms(tl.where(member, tl.maximum(excess, 0.0), 0.0), ALPHA_1_5, power_p, power_s)
         w = tl.sum(tl.reshape(p, [TILE, HEADS]), 1) / GROUP
         w = tl.reshape(tl.broadcast_to(w[:, None], [TILE, HEADS]), [ROWS])
@@ -82,25 +82,36 @@ def _attend_tile(
         mean = tl.load(statistics + 5 * ROWS + row)
         dp = tl.where(positive, (grad_bias - mean) / (GROUP * tl.where(positive, w, 1.0)), 0.0)
         grad_z = s * (dp - kappa) * (inverse_sigma * route_scale)
-        grad_k_bar += tl.sum(grad_z[:, None] * q_rows.to(tl.float32), 0)
+        ROUTE_DTYPE: tl.constexpr = tl.float32 if q_rows.dtype == tl.float32 else tl.bfloat16
+        grad_z = tl.broadcast_to(grad_z.to(ROUTE_DTYPE)[None, :], [16, ROWS])
+        grad_k_bar = tl.dot(grad_z, q_rows.to(ROUTE_DTYPE), grad_k_bar)
     return grad_k_rows, grad_v_rows, grad_k_bar
 
 
-@triton.jit(do_not_specialize=["tokens", "chunks", "tiles", "capacity", "batch_heads", "splits", "forced"])
+@triton.jit(
+    do_not_specialize=[
+        "tokens",
+        "chunks",
+        "tiles",
+        "capacity",
+        "batch_heads",
+        "splits",
+        "forced",
+        "summaries",
+    ]
+)
 def _chunk_kernel(
-    q, k, v, grad_out, statistics, summary, summary_query, entries, counts, padding, order,
-    grad_k, grad_v, grad_summary, grad_summary_query,
-    grad_k_strides, grad_v_strides, summary_strides,
-    query_strides,
-    tokens, chunks, tiles, capacity, batch_heads, kv_heads, splits, forced,
+    q, k, v, grad_out, statistics, summary, entries, counts, padding, order,
+    grad_k_parts, grad_v_parts, grad_summary_parts, summary_strides,
+    tokens, chunks, tiles, capacity, batch_heads, kv_heads, splits, forced, summaries,
     scale, route_scale, logit_scale, inverse_sigma, epsilon, power_p, power_s,
     HEAD_DIM: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
     BIAS: tl.constexpr, APPLY_BIAS: tl.constexpr, SUMMARY: tl.constexpr, ALPHA_1_5: tl.constexpr,
-    PADDED: tl.constexpr, FINISH: tl.constexpr,
+    PADDED: tl.constexpr, COMPLETED: tl.constexpr,
 ):  # fmt: skip
-    """One program a chunk and split of its list, longest lists first. Without FINISH it stores float32
-    partial sums `[splits, B * Hkv, M * C, D]` (summaries `[splits, B * Hkv, M, D]`) for
-    `_combine_kernel`."""
+    """One program a chunk and split of its list, longest lists first. The sums leave as float32 parts
+    `[splits, B * Hkv, M * C, D]` (summaries `[splits, B * Hkv, M, D]`) for `_combine_kernel`: finishing here
+    would cost this kernel's loop its last registers."""
     ROWS: tl.constexpr = TILE * HEADS
     TILES_PER_CHUNK: tl.constexpr = CHUNK // TILE
     split = tl.program_id(0) % splits
@@ -112,39 +123,40 @@ def _chunk_kernel(
     query = row // HEADS
     dim = tl.arange(0, HEAD_DIM)
     position = chunk * CHUNK + tl.arange(0, CHUNK)
-    token = position.to(tl.int64)
     present = position < tokens
     if PADDED:
         present = present & (position >= tl.load(padding + batch))
     batch_index, kv_index = batch.to(tl.int32), kv_head.to(tl.int32)
     keys = tl.reshape(k.load([batch_index, kv_index, chunk * CHUNK, 0]), [CHUNK, HEAD_DIM])
     values = tl.reshape(v.load([batch_index, kv_index, chunk * CHUNK, 0]), [CHUNK, HEAD_DIM])
-    k_bar = tl.zeros([HEAD_DIM], tl.float32)
+    k_bar = tl.zeros([16, HEAD_DIM], keys.dtype)
     if APPLY_BIAS or SUMMARY:
-        # The last chunk has no summary and no list.
+        # The summary is repeated to the 16 rows of the smallest matrix product; its gradient comes out
+        # likewise. The last chunk may have no summary; then nobody routes to it.
         k_bar = tl.load(
-            _head(summary, summary_strides, batch, kv_head) + chunk * summary_strides[2] + dim,
-            mask=(dim < HEAD_DIM) & (chunk + 1 < chunks),
-            other=0.0,
-        ).to(tl.float32)
+            _head(summary, summary_strides, batch, kv_head) + chunk * summary_strides[2]
+            + tl.zeros([16], tl.int32)[:, None] + dim[None, :],
+            mask=(dim < HEAD_DIM)[None, :] & (chunk < summaries), other=0.0,
+        )  # fmt: skip
     first_head = kv_index * GROUP
     head_statistics = statistics + batch_head * tiles * (ROWS * 6)
 
     grad_k_rows = tl.zeros([CHUNK, HEAD_DIM], tl.float32)
     grad_v_rows = tl.zeros([CHUNK, HEAD_DIM], tl.float32)
-    grad_k_bar = tl.zeros([HEAD_DIM], tl.float32)
+    grad_k_bar = tl.zeros([16, HEAD_DIM], tl.float32)
     count = tl.load(counts + owned)
     first, last = count * split // splits, count * (split + 1) // splits
     list_base = entries + batch_head * capacity + chunk_list_start(chunk, tiles, TILES_PER_CHUNK)
     for index in range(first, last):
         entry = tl.load(list_base + index)
         tile = entry >> TILE
-        seen = (((entry >> query) & 1) != 0)[None, :]
+        member = ((entry >> query) & 1) != 0
+        seen = member[None, :]
         if PADDED:
             seen = seen & present[:, None]
         grad_k_rows, grad_v_rows, grad_k_bar = _attend_tile(
             grad_k_rows, grad_v_rows, grad_k_bar, keys, values, k_bar, q, grad_out, batch_index, first_head,
-            tile, seen, chunk < tile // TILES_PER_CHUNK - forced, head_statistics, scale * _LOG2E,
+            tile, seen, member, chunk < tile // TILES_PER_CHUNK - forced, head_statistics, scale * _LOG2E,
             route_scale, logit_scale, inverse_sigma, epsilon, power_p, power_s,
             HEAD_DIM, GROUP, HEADS, TILE, True, BIAS, APPLY_BIAS, SUMMARY, ALPHA_1_5,
         )  # fmt: skip
@@ -152,40 +164,24 @@ def _chunk_kernel(
         own_tile = chunk * TILES_PER_CHUNK
         for index in range(tl.minimum(TILES_PER_CHUNK, tiles - own_tile)):
             tile = own_tile + index
+            member = (tile * TILE + query + 1) % CHUNK == 0
             seen = (position[:, None] <= (tile * TILE + query)[None, :]) & present[:, None]
             grad_k_rows, grad_v_rows, grad_k_bar = _attend_tile(
                 grad_k_rows, grad_v_rows, grad_k_bar, keys, values, k_bar, q, grad_out, batch_index,
-                first_head, tile, seen, False, head_statistics, scale * _LOG2E,
+                first_head, tile, seen, member, False, head_statistics, scale * _LOG2E,
                 route_scale, logit_scale, inverse_sigma, epsilon, power_p, power_s,
-                HEAD_DIM, GROUP, HEADS, TILE, False, BIAS, APPLY_BIAS, SUMMARY, ALPHA_1_5,
+                HEAD_DIM, GROUP, HEADS, TILE, COMPLETED, BIAS, APPLY_BIAS, SUMMARY, ALPHA_1_5,
             )  # fmt: skip
-    grad_k_rows *= scale
-
-    if FINISH:
-        if BIAS != 0:
-            if not SUMMARY:
-                grad_k_bar = tl.load(grad_summary + owned * HEAD_DIM + dim)
-            grad_k_rows = _finish_chunk(
-                grad_k_rows, keys, present, grad_k_bar,
-                _head(summary_query, query_strides, batch, kv_head) + chunk * query_strides[2],
-                grad_summary_query + owned * HEAD_DIM, scale, HEAD_DIM,
-            )  # fmt: skip
-        tl.store(
-            _head(grad_k, grad_k_strides, batch, kv_head) + token[:, None] * grad_k_strides[2] + dim[None, :],
-            grad_k_rows.to(grad_k.dtype.element_ty),
-            mask=(token < tokens)[:, None],
-        )
-        tl.store(
-            _head(grad_v, grad_v_strides, batch, kv_head) + token[:, None] * grad_v_strides[2] + dim[None, :],
-            grad_v_rows.to(grad_v.dtype.element_ty),
-            mask=(token < tokens)[:, None],
-        )
-    else:
-        part = (split.to(tl.int64) * batch_heads * chunks + owned) * HEAD_DIM
-        tl.store(grad_k + part * CHUNK + tl.arange(0, CHUNK)[:, None] * HEAD_DIM + dim[None, :], grad_k_rows)
-        tl.store(grad_v + part * CHUNK + tl.arange(0, CHUNK)[:, None] * HEAD_DIM + dim[None, :], grad_v_rows)
-        if SUMMARY:
-            tl.store(grad_summary + part + dim, grad_k_bar)
+    part = (split.to(tl.int64) * batch_heads * chunks + owned) * HEAD_DIM
+    tl.store(
+        grad_k_parts + part * CHUNK + tl.arange(0, CHUNK)[:, None] * HEAD_DIM + dim[None, :],
+        grad_k_rows * scale,
+    )
+    tl.store(
+        grad_v_parts + part * CHUNK + tl.arange(0, CHUNK)[:, None] * HEAD_DIM + dim[None, :], grad_v_rows
+    )
+    if SUMMARY:
+        tl.store(grad_summary_parts + part + dim, tl.sum(grad_k_bar, 0) / 16)
 
 
 @triton.jit(do_not_specialize=["tokens", "chunks", "batch_heads", "splits", "summary_parts"])
@@ -195,7 +191,8 @@ def _combine_kernel(
     tokens, chunks, batch_heads, kv_heads, splits, summary_parts, scale,
     HEAD_DIM: tl.constexpr, CHUNK: tl.constexpr, BIAS: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """One program a chunk: sum the splits in order and finish as the unsplit kernel does."""
+    """One program a chunk: sum the parts in order, add the summary's share, and store in the inputs'
+    dtype."""
     owned = tl.program_id(0).to(tl.int64)
     batch_head, chunk = owned // chunks, owned % chunks
     batch, kv_head = batch_head // kv_heads, batch_head % kv_heads

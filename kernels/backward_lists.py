@@ -38,7 +38,7 @@ def list_capacity(tokens: int, chunk_size: int, tile: int) -> int:
     return max(last * tiles - tiles_per_chunk * (last * (last + 1) // 2), 1)
 
 
-@triton.jit(do_not_specialize=["tokens", "words", "capacity"])
+@triton.jit(do_not_specialize=["tokens", "words", "tiles", "capacity"])
 def _tile_lists_kernel(
     mask, entries, counts, tokens, words, tiles, capacity,
     TILE: tl.constexpr, TILES_PER_CHUNK: tl.constexpr, WORDS: tl.constexpr,
@@ -68,25 +68,26 @@ def _tile_lists_kernel(
     tl.store(counts + head * tiles + tile, found)
 
 
-@triton.jit(do_not_specialize=["tokens", "words", "tiles", "capacity"])
+@triton.jit(do_not_specialize=["tokens", "words", "tiles", "chunks", "capacity"])
 def _chunk_lists_kernel(
     mask, entries, counts, tokens, words, tiles, chunks, capacity,
-    TILE: tl.constexpr, TILES_PER_CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    TILE: tl.constexpr, TILES_PER_CHUNK: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program a mask word (32 chunks): a scan over the tiles behind them, as `tile << TILE |
-    query_bits`."""
-    word = tl.program_id(0)
+    """One program BITS chunks: a scan over the tiles behind them, as `tile << TILE | query_bits`."""
+    first_chunk = tl.program_id(0) * BITS
+    word = first_chunk // 32
     head = tl.program_id(1).to(tl.int64)
-    chunk = word * 32 + tl.arange(0, 32)
+    bit = first_chunk % 32 + tl.arange(0, BITS)
+    chunk = first_chunk + tl.arange(0, BITS)
     base = entries + head * capacity + chunk_list_start(chunk, tiles, TILES_PER_CHUNK)
-    found = tl.zeros([32], tl.int32)
-    for first in range((word * 32 + 1) * TILES_PER_CHUNK, tiles, BLOCK):
+    found = tl.zeros([BITS], tl.int32)
+    for first in range((first_chunk + 1) * TILES_PER_CHUNK, tiles, BLOCK):
         tile = first + tl.arange(0, BLOCK)
-        chosen = tl.zeros([BLOCK, 32], tl.int32)
+        chosen = tl.zeros([BLOCK, BITS], tl.int32)
         for query in tl.static_range(TILE):
             position = tile.to(tl.int64) * TILE + query
             value = tl.load(mask + (head * tokens + position) * words + word, mask=position < tokens, other=0)
-            chosen |= ((value[:, None] >> tl.arange(0, 32)[None, :]) & 1) << query
+            chosen |= ((value[:, None] >> bit[None, :]) & 1) << query
         behind = (tile[:, None] // TILES_PER_CHUNK) > chunk[None, :]
         query_bits = tl.where(behind, chosen, 0)
         listed = (query_bits != 0).to(tl.int32)
@@ -128,8 +129,9 @@ def chunk_lists(mask: torch.Tensor, chunk_size: int, tile: int) -> tuple[torch.T
     capacity = list_capacity(tokens, chunk_size, tile)
     entries = torch.empty(batch, heads, capacity, dtype=torch.int32, device=mask.device)
     counts = torch.empty(batch, heads, chunks, dtype=torch.int32, device=mask.device)
-    _chunk_lists_kernel[(triton.cdiv(chunks, 32), batch * heads)](
+    bits = 8
+    _chunk_lists_kernel[(triton.cdiv(chunks, bits), batch * heads)](
         mask, entries, counts, tokens, words, tiles, chunks, capacity,
-        TILE=tile, TILES_PER_CHUNK=chunk_size // tile, BLOCK=128, num_warps=4,
+        TILE=tile, TILES_PER_CHUNK=chunk_size // tile, BITS=bits, BLOCK=512, num_warps=8,
     )  # fmt: skip
     return entries, counts

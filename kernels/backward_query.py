@@ -61,13 +61,15 @@ def _attend_chunk(
 
 @triton.jit
 def _routing_block(
-    q_rows, tau, tile_entries, block, count, summary, summary_stride, route_scale, power_p, power_s, query,
+    q_rows, tau, tile_entries, block, count, extra_entry, summary, summary_stride, route_scale, power_p,
+    power_s, query,
     ALPHA_1_5: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Routing of BLOCK list entries, recomputed from tau: chunk numbers, summaries, p and s `[rows,
     BLOCK]`."""
     slot = block + tl.arange(0, BLOCK)
     entry = tl.load(tile_entries + slot, mask=slot < count, other=0)
+    entry = tl.where(slot == count, extra_entry, entry)
     chunk = entry & 0xFFFF
     dim = tl.arange(0, HEAD_DIM)
     k_bar = tl.load(summary + chunk[:, None].to(tl.int64) * summary_stride + dim[None, :])
@@ -105,7 +107,7 @@ def _query_kernel(
     scale, route_scale, logit_scale, inverse_sigma, epsilon, power_p, power_s,
     HEAD_DIM: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK: tl.constexpr, BIAS: tl.constexpr, APPLY_BIAS: tl.constexpr, DETACH_MEAN: tl.constexpr,
-    ALPHA_1_5: tl.constexpr, PADDED: tl.constexpr, ATOMIC_SUMMARY: tl.constexpr,
+    ALPHA_1_5: tl.constexpr, PADDED: tl.constexpr, COMPLETED: tl.constexpr, ATOMIC_SUMMARY: tl.constexpr,
 ):  # fmt: skip
     ROWS: tl.constexpr = TILE * HEADS
     TILES_PER_CHUNK: tl.constexpr = CHUNK // TILE
@@ -152,12 +154,20 @@ def _query_kernel(
         if BIAS != 0:
             tau_rows = tl.load(tau + offset, mask=inside, other=float("inf"))
             tl.store(base + 2 * ROWS + row, tau_rows)
+            # With COMPLETED, the last query of a chunk routes over its own chunk, too. The own chunk has no
+            # bias, but it takes part in entmax: it joins the list of the routing walks as their last entry.
+            extra_entry, routed_entries = 0, count
+            if COMPLETED:  # noqa: SIM102  (compile time, then run time)
+                if ((tile + 1) % TILES_PER_CHUNK == 0) & ((tile + 1) * TILE <= tokens):
+                    extra_entry = own | ((own * 0 + (1 << (TILE - 1))) << 16)
+                    routed_entries = count + 1
         if APPLY_BIAS:
             log_sum = tl.zeros([TILE], tl.float32)
             members = tl.zeros([TILE], tl.float32)
-            for block in range(0, count, BLOCK):
+            for block in range(0, routed_entries, BLOCK):
                 chunk, k_bar, p, s = _routing_block(
-                    q_rows, tau_rows, tile_entries, block, count, summary_base, summary_strides[2],
+                    q_rows, tau_rows, tile_entries, block, count, extra_entry, summary_base,
+                    summary_strides[2],
                     logit_scale,
                     power_p, power_s, query, ALPHA_1_5, HEAD_DIM, BLOCK,
                 )  # fmt: skip
@@ -181,9 +191,9 @@ def _query_kernel(
         key_position = own * CHUNK + token
         keys = tl.reshape(k.load([batch_index, kv_index, own * CHUNK, 0]), [CHUNK, HEAD_DIM])
         values = tl.reshape(v.load([batch_index, kv_index, own * CHUNK, 0]), [CHUNK, HEAD_DIM])
-        seen = (key_position[None, :] <= position[:, None]) & (key_position >= first_valid)[None, :]
+        causal = (key_position[None, :] <= position[:, None]) & (key_position >= first_valid)[None, :]
         accumulator, per_row = _attend_chunk(
-            accumulator, q_rows, grad_rows, keys, values, seen, no_bias, lse_rows, delta, scale * _LOG2E
+            accumulator, q_rows, grad_rows, keys, values, causal, no_bias, lse_rows, delta, scale * _LOG2E
         )
 
         grad_bias_sum = tl.zeros([TILE], tl.float32)
@@ -222,9 +232,10 @@ def _query_kernel(
             tl.store(base + 5 * ROWS + row, tl.reshape(tl.broadcast_to(mean[:, None], [TILE, HEADS]), [ROWS]))
             s_sum = tl.zeros([ROWS], tl.float32)
             s_dp_sum = tl.zeros([ROWS], tl.float32)
-            for block in range(0, count, BLOCK):
+            for block in range(0, routed_entries, BLOCK):
                 chunk, k_bar, p, s = _routing_block(
-                    q_rows, tau_rows, tile_entries, block, count, summary_base, summary_strides[2],
+                    q_rows, tau_rows, tile_entries, block, count, extra_entry, summary_base,
+                    summary_strides[2],
                     logit_scale,
                     power_p, power_s, query, ALPHA_1_5, HEAD_DIM, BLOCK,
                 )  # fmt: skip
@@ -245,10 +256,11 @@ def _query_kernel(
                 s_dp_sum += tl.sum(s * dp, 1)
             kappa = tl.where(s_sum > 0, s_dp_sum / tl.where(s_sum > 0, s_sum, 1.0), 0.0)
             tl.store(base + 3 * ROWS + row, kappa)
-            for block in range(0, count, BLOCK):
+            for block in range(0, routed_entries, BLOCK):
                 slot = block + tl.arange(0, BLOCK)
                 chunk, k_bar, p, s = _routing_block(
-                    q_rows, tau_rows, tile_entries, block, count, summary_base, summary_strides[2],
+                    q_rows, tau_rows, tile_entries, block, count, extra_entry, summary_base,
+                    summary_strides[2],
                     logit_scale,
                     power_p, power_s, query, ALPHA_1_5, HEAD_DIM, BLOCK,
                 )  # fmt: skip
@@ -271,7 +283,7 @@ def _query_kernel(
                 if ATOMIC_SUMMARY:
                     grad_k_bar = tl.dot(tl.trans(grad_z), q_rows.to(ROUTE_DTYPE))
                     target = grad_summary + (batch_head * chunks + chunk)[:, None] * HEAD_DIM + dim[None, :]
-                    tl.atomic_add(target, grad_k_bar, mask=(slot < count)[:, None], sem="relaxed")
+                    tl.atomic_add(target, grad_k_bar, mask=(slot < routed_entries)[:, None], sem="relaxed")
             # The next tile of this program overwrites the scratch rows.
             tl.debug_barrier()
 

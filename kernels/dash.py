@@ -26,18 +26,22 @@ class _DashAttention(torch.autograd.Function):
     """Saves q, k, v, out, summaries, lse, τ and the bit mask; recomputes scores and weights."""
 
     @staticmethod
-    def forward(ctx, query, key, value, summary_query, options: DashOptions, deterministic: bool):
-        summaries = summarize_chunks(key, summary_query, options.chunk_size)
-        routes = _route(query, summaries, options, None, save=True)
-        out, lse = block_sparse_attention(query, key, value, routes)
-        ctx.save_for_backward(query, key, value, summary_query, out, lse, summaries, routes.tau, routes.mask)
+    def forward(
+        ctx, query, key, value, summary_query, options: DashOptions, deterministic: bool, left_padding
+    ):
+        summaries = summarize_chunks(key, summary_query, options.chunk_size, left_padding)
+        routes = _route(query, summaries, options, left_padding, save=True)
+        out, lse = block_sparse_attention(query, key, value, routes, left_padding=left_padding)
+        ctx.save_for_backward(
+            query, key, value, summary_query, out, lse, summaries, routes.tau, routes.mask, left_padding
+        )
         ctx.options, ctx.deterministic = options, deterministic
         ctx.mark_non_differentiable(routes.active_blocks)
         return out, routes.active_blocks
 
     @staticmethod
     def backward(ctx, grad_out, _):
-        query, key, value, summary_query, out, lse, summaries, tau, mask = ctx.saved_tensors
+        query, key, value, summary_query, out, lse, summaries, tau, mask, left_padding = ctx.saved_tensors
         o: DashOptions = ctx.options
         routing = RoutingGradient(
             summary=summaries,
@@ -48,14 +52,25 @@ class _DashAttention(torch.autograd.Function):
             sigma=o.sigma,
             alpha=o.alpha,
             forced=1 if o.forced == "own_and_previous" else 0,
+            completed=o.visibility == "completed",
         )
         grads = attention_gradients(
-            grad_out, query, key, value, out, lse, mask, o.chunk_size, routing, ctx.deterministic
+            grad_out,
+            query,
+            key,
+            value,
+            out,
+            lse,
+            mask,
+            o.chunk_size,
+            routing,
+            ctx.deterministic,
+            left_padding,
         )
         grad_summary = grads[3]
         if grad_summary is None:
             grad_summary = torch.zeros_like(summary_query)
-        return *grads[:3], grad_summary.to(summary_query.dtype), None, None
+        return *grads[:3], grad_summary.to(summary_query.dtype), None, None, None
 
 
 def _route(query, summaries, options: DashOptions, left_padding, save: bool) -> Routes:
@@ -111,7 +126,7 @@ def dash_attention(
         summary_query: `[Hkv, D]`, or one a chunk `[B, Hkv, M, D]`.
         preset: `package` or `paper`: the options of one of the two published implementations.
         layout: `bhnd` or `bnhd`; neither is copied.
-        left_padding: `[B]` int32: leading padding tokens. Inference only.
+        left_padding: `[B]` int32: leading padding tokens.
         deterministic: gradients bitwise reproducible (a little slower).
         return_active_blocks: also return `[B, Hkv, N]` int32: chunks attended, the own one included.
         return_routing: also return the `Routes`.
@@ -124,7 +139,7 @@ def dash_attention(
         tuple that begins with it.
 
     Raises:
-        ValueError: an unknown option, or padding with gradients.
+        ValueError: an unknown option.
     """
     chosen = dash_options(preset, **options)
     if layout not in ("bhnd", "bnhd"):
@@ -133,9 +148,11 @@ def dash_attention(
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     active = routes = None
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, summary_query)):
-        if left_padding is not None or return_routing:
-            raise ValueError("left padding and return_routing are for inference: use torch.no_grad()")
-        out, active = _DashAttention.apply(query, key, value, summary_query, chosen, deterministic)
+        if return_routing:
+            raise ValueError("return_routing is for inference: use torch.no_grad()")
+        out, active = _DashAttention.apply(
+            query, key, value, summary_query, chosen, deterministic, left_padding
+        )
     else:
         summaries = summarize_chunks(key, summary_query, chosen.chunk_size, left_padding)
         routes = _route(query, summaries, chosen, left_padding, save=return_active_blocks or return_routing)

@@ -10,20 +10,30 @@ set of earlier chunks. The
 summaries of one KV head fit into the L2 cache, so a pass that multiplies them again costs no more than
 reading stored scores would. Passes:
 
-1.  row maximum, and a lower bound of τ: every block of scores adds the tangent of its part of f(τ) = Σ [x −
-τ]₊² at the bound known so far.
-    f is convex, so the sum of tangents lies below it, and the root of the sum lies below τ. A chunk that is
-    above the bound of any row becomes a candidate of the tile; τ only rises as chunks are added, so no other
-    chunk can be in a support. The candidates stand, for the time being, where the tile's list will;
-2.  over the candidates: count, Σ(x − τ), Σ(x − τ)² of the entries above the current τ, and from them the
-root of the quadratic that these entries alone
-    define; inside a bracket that every pass shrinks. Repeated until no row of the tile moves: two or three
-    times as a rule;
-3.  the lists, over the candidates again unless the bit mask is wanted too: chunk numbers in ascending order
-with one bit for each query of the tile, in storage whose offsets have a closed form
-    (`backward_lists.tile_list_start`), so nothing is counted beforehand and nothing travels to the host.
+1.  row maximum m, and the sums of exp(8 (x − m)) and exp(16 (x − m)), which rescale as the maximum grows.
+Were the
+    entries' distances to the maximum spread like A u^(p−1) / Γ(p), the two sums would give A and p and hence
+    τ: a start
+    that is off by a few hundredths, where max − 1 is off by a half;
+2.  count, Σ(x − τ), Σ(x − τ)² of the entries above the current τ. Far from the solution the next τ is
+Newton's on
+    log Σ(x − τ)² against log(m − τ), which is nearly a straight line; near it, the root of the quadratic
+    that the active
+    entries alone define. All inside a bracket that every pass shrinks. Two or three passes as a rule, all
+    rows of the
+    tile together;
+3.  the lists: chunk numbers in ascending order with one bit for each query of the tile, in storage whose
+offsets have
+    a closed form (`backward_lists.tile_list_start`), so nothing is counted beforehand and nothing travels to
+    the host.
 
-For other α the second step is Newton's on f, from below, where it cannot overshoot (f is convex for α ≤ 2).
+For other α the sums have other powers and every step is Newton's on the logarithms.
+
+With `compact` the first pass keeps, in place of the sums, a lower bound of τ: every block of scores adds the
+tangent of its part of f(τ) = Σ [x − τ]₊² at the bound known so far; f is convex, so the tangents' sum lies
+below it and its root below τ. A chunk above the bound of any row becomes a candidate of the tile (τ only
+rises as chunks are added, so no other chunk can be in a support), and the passes after the first read the
+candidates only. Until the list is written the candidates stand in its place.
 
 Letters: B batch, Hq query heads, Hkv KV heads, G = Hq / Hkv, N queries, D head dim, C chunk size, M chunks,
 T queries a tile, W = ceil(M / 32).
@@ -41,9 +51,12 @@ from dashbench.kernels.backward_lists import list_capacity, tile_list_start
 
 # A chunk whose weight (mean over heads) is at most this is not routed.
 EPSILON = 1e-20
-# τ is settled once no row moves by more than this, in units of x counted from the row's maximum (fp32
-# resolves 6e-8 there).
-SETTLED = 2e-7
+# τ is settled once no row moves by more than this, in units of x. The quadratic step is exact up to the k
+# entries
+# that it moves across; they change τ by at most k · SETTLED² / 2, under 3e-6 for two thousand of them.
+SETTLED = 5e-5
+# The quadratic step is taken where Σ(x − τ)² is this close to one.
+NEAR = 0.5
 MAX_PASSES = 24
 # What fp32 sums may be off by when a lower bound of τ is derived from them.
 BOUND_MARGIN = tl.constexpr(1e-4)
@@ -96,7 +109,7 @@ def _any_row(flags, ROWS: tl.constexpr, BLOCK: tl.constexpr):
 def _route_kernel(
     query, summaries, entries, counts, tau_out, mask_out, active_out, bias_out, padding,
     query_stride_b, query_stride_h, query_stride_n,
-    tokens, chunks, known, tiles, capacity, words, kv_heads, scale, power, epsilon, settled, max_passes,
+    tokens, chunks, known, tiles, capacity, words, kv_heads, scale, power, epsilon, settled, near, max_passes,
     inverse_sigma,
     GROUP: tl.constexpr, HEADS: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK: tl.constexpr, ALPHA_1_5: tl.constexpr, COMPLETED: tl.constexpr, FORCE_PREVIOUS: tl.constexpr,
@@ -141,51 +154,67 @@ def _route_kernel(
     # [−1, 0) there, whatever the size of x.
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     low = tl.full([ROWS], -1.0, tl.float32)
-    line = tl.zeros([ROWS], tl.float32)
-    slope = tl.zeros([ROWS], tl.float32)
+    # The tangents' sum is sum_1 − sum_2 · τ with `compact`; else these are the two exponential sums.
+    sum_1 = tl.zeros([ROWS], tl.float32)
+    sum_2 = tl.zeros([ROWS], tl.float32)
+    DECAY: tl.constexpr = 11.541560327111707  # 8 log2(e)
     for first in range(start, last, BLOCK):
         chunk = first + column
         x = _scores(q, base, chunk, last, first_chunk, row_limit, dim, scale, HEAD_DIM, PADDED)
         new_peak = tl.maximum(peak, tl.max(x, 1))
-        moved = tl.where(peak == float("-inf"), 0.0, new_peak - peak)
-        peak = new_peak
-        # +inf for a row that sees nothing yet: x − ∞ is in no support.
-        safe_peak = tl.where(peak == float("-inf"), float("inf"), peak)
-        low = tl.maximum(low - moved, -1.0)
-        if ALPHA_1_5:
-            line -= slope * moved
-            gap = tl.maximum(x - (safe_peak + low)[:, None], 0.0)
-            s1 = tl.sum(gap, 1)
-            line += tl.sum(gap * gap, 1) + 2.0 * s1 * low
-            slope += 2.0 * s1
-            low = tl.maximum(low, tl.where(slope > 0, (line - 1.0) / slope, -1.0) - BOUND_MARGIN)
         if COMPACT:
-            near = _any_row((x > (safe_peak + low)[:, None]).to(tl.int32), ROWS, BLOCK)
+            moved = tl.where(peak == float("-inf"), 0.0, new_peak - peak)
+            # +inf for a row that sees nothing yet: x − ∞ is in no support.
+            shift = tl.where(new_peak == float("-inf"), float("inf"), new_peak)
+            low = tl.maximum(low - moved, -1.0)
+            if ALPHA_1_5:
+                sum_1 -= sum_2 * moved
+                gap = tl.maximum((x - shift[:, None]) - low[:, None], 0.0)
+                s1 = tl.sum(gap, 1)
+                sum_1 += tl.sum(gap * gap, 1) + 2.0 * s1 * low
+                sum_2 += 2.0 * s1
+                low = tl.maximum(low, tl.where(sum_2 > 0, (sum_1 - 1.0) / sum_2, -1.0) - BOUND_MARGIN)
+            listed = _any_row(((x - shift[:, None]) > low[:, None]).to(tl.int32), ROWS, BLOCK)
             if FORCE_PREVIOUS:
-                near = near | (chunk == own - 1).to(tl.int32)
-            slot = candidates + tl.cumsum(near, 0) - near
-            tl.store(list_base + slot, chunk, mask=near != 0)
-            candidates += tl.sum(near, 0)
+                listed = listed | (chunk == own - 1).to(tl.int32)
+            slot = candidates + tl.cumsum(listed, 0) - listed
+            tl.store(list_base + slot, chunk, mask=listed != 0)
+            candidates += tl.sum(listed, 0)
+        else:
+            shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+            rescale = tl.where(peak == float("-inf"), 0.0, tl.exp2(DECAY * (peak - shift)))
+            decayed = tl.exp2(DECAY * (x - shift[:, None]))
+            sum_1 = sum_1 * rescale + tl.sum(decayed, 1)
+            sum_2 = sum_2 * rescale * rescale + tl.sum(decayed * decayed, 1)
+        peak = new_peak
     begin, end = start, last
     if COMPACT:
         tl.debug_barrier()  # the candidates were written by other threads than will read them
         begin, end = 0, candidates
     empty = peak == float("-inf")
+    # From here on everything is relative to the row's maximum, where fp32 is finest: τ is in [−1, 0).
     peak = tl.where(empty, 0.0, peak)
-    tau = tl.where(empty, -1.0, tl.minimum(low, -1e-6))
+    tau = tl.where(empty, -1.0, tl.minimum(low, -1e-4))
     low = tl.full([ROWS], -1.0, tl.float32)
     high = tl.zeros([ROWS], tl.float32)
+    if ALPHA_1_5 and not COMPACT:
+        order = tl.log2(tl.where(empty, 1.0, sum_1) / tl.where(empty, 1.0, sum_2))
+        order = tl.minimum(tl.maximum(order, 1e-3), 6.0)
+        log_a = tl.log(tl.where(empty, 1.0, sum_1)) + order * 2.0794415416798357  # ln 8
+        z = order + 3.0
+        log_gamma = (z - 0.5) * tl.log(z) - z + 0.9189385332046727 + 1.0 / (12.0 * z)  # Stirling
+        tau = -tl.exp((log_gamma - 0.6931471805599453 - log_a) / (order + 2.0))
+        tau = tl.minimum(tl.maximum(tau, -1.0), -1e-4)
     moving = 1
     passes = 0
     while (moving > 0) & (passes < max_passes):
         count = tl.zeros([ROWS], tl.float32)
         s1 = tl.zeros([ROWS], tl.float32)
         s2 = tl.zeros([ROWS], tl.float32)
-        level = peak + tau
         for first in range(begin, end, BLOCK):
             chunk = _chunks(list_base, first, column, end, COMPACT)
             x = _scores(q, base, chunk, last, first_chunk, row_limit, dim, scale, HEAD_DIM, PADDED)
-            gap = tl.maximum(x - level[:, None], 0.0)
+            gap = tl.maximum((x - peak[:, None]) - tau[:, None], 0.0)
             if ALPHA_1_5:
                 count += tl.sum((gap > 0).to(tl.float32), 1)
                 s1 += tl.sum(gap, 1)
@@ -197,17 +226,15 @@ def _route_kernel(
         excess = s2 - 1.0
         low = tl.where(excess > 0, tl.maximum(low, tau), low)
         high = tl.where(excess > 0, high, tl.minimum(high, tau))
+        # Newton on log s2 against log(−τ): its slope is power · s1 · (−τ) / s2.
+        safe = tl.maximum(s2, 1e-30)
+        slope = tl.maximum(power * s1 * -tau / safe, 1e-3)
+        new = tau * tl.exp(-tl.log(safe) / slope)
         if ALPHA_1_5:
             n = tl.maximum(count, 1.0)
             root = s1 * s1 - n * excess
-            # The root of the active entries' own quadratic; where it has none, too many are active: Newton's
-            # step, from below.
-            step = tl.where(
-                root >= 0, (s1 - tl.sqrt(tl.maximum(root, 0.0))) / n, excess / tl.maximum(2.0 * s1, 1e-20)
-            )
-        else:
-            step = excess / tl.maximum(power * s1, 1e-20)
-        new = tau + step
+            quadratic = tau + (s1 - tl.sqrt(tl.maximum(root, 0.0))) / n
+            new = tl.where((root >= 0) & (tl.abs(excess) < near), quadratic, new)
         new = tl.where((new < low) | (new > high), 0.5 * (low + high), new)
         new = tl.where(empty, tau, new)
         moving = tl.max((tl.abs(new - tau) > settled).to(tl.int32), 0)
@@ -234,7 +261,7 @@ def _route_kernel(
         # The list overwrites the candidates: no further than they have been read.
         chunk = _chunks(list_base, first, column, end, LISTED)
         x = _scores(q, base, chunk, last, first_chunk, row_limit, dim, scale, HEAD_DIM, PADDED)
-        gap = tl.maximum(x - level[:, None], 0.0)
+        gap = tl.where(empty[:, None], 0.0, tl.maximum((x - peak[:, None]) - tau[:, None], 0.0))
         if ALPHA_1_5:
             weight = gap * gap
         else:
@@ -344,7 +371,8 @@ def route_chunks(
     save: bool = False,
     bias_mode: str = "none",
     sigma: float = 1.0,
-    compact: bool = True,
+    compact: bool = False,
+    launch: dict | None = None,
 ) -> Routes:
     """Routes every query of a causal sequence.
 
@@ -365,6 +393,8 @@ def route_chunks(
         compact: search the threshold among the candidates only, not among all chunks again; the result is
             the same. Always off for `completed`, where the own chunk takes part in the threshold but has no
             place in the list.
+        launch: Triton launch options that replace the default ones (BLOCK chunks at a time,
+            num_warps, num_stages, maxnreg).
 
     Raises:
         ValueError: more chunks than 16 bits can number, or a tile that does not fit.
@@ -403,12 +433,12 @@ def route_chunks(
         left_padding if left_padding is not None else counts,
         *query.stride()[:3],
         tokens, chunks, known, tiles, capacity, words, kv_heads,
-        (alpha - 1.0) * scaling_factor * dim**-0.5, 1.0 / (alpha - 1.0), EPSILON * group, SETTLED,
+        (alpha - 1.0) * scaling_factor * dim**-0.5, 1.0 / (alpha - 1.0), EPSILON * group, SETTLED, NEAR,
         MAX_PASSES if fast else MAX_PASSES_GENERAL, 1.0 / sigma,
-        GROUP=group, HEADS=padded_heads, TILE=tile, CHUNK=chunk_size, HEAD_DIM=dim, BLOCK=64,
+        GROUP=group, HEADS=padded_heads, TILE=tile, CHUNK=chunk_size, HEAD_DIM=dim,
         ALPHA_1_5=fast, COMPLETED=visibility == "completed", FORCE_PREVIOUS=forced == "own_and_previous",
         PADDED=left_padding is not None, SAVE=save,
         BIAS=("none", "centered", "raw").index(bias_mode), COMPACT=compact and visibility == "own",
-        num_warps=8 if rows >= 128 else 4, num_stages=2,
+        **{"BLOCK": 64, "num_warps": 8 if rows >= 128 else 4, "num_stages": 2, **(launch or {})},
     )  # fmt: skip
     return Routes(entries, counts, tile, chunk_size, tau, mask, active, bias)

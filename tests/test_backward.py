@@ -1,10 +1,13 @@
 """Every gradient of the backward against autograd through float64."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
+from dashbench.kernels import reference
+from dashbench.kernels.attend import block_sparse_attention, routes_of_mask
 from dashbench.kernels.backward import (
     BackwardLaunch,
     RoutingGradient,
@@ -12,71 +15,43 @@ from dashbench.kernels.backward import (
     with_gradients,
 )
 from dashbench.kernels.backward_lists import chunk_lists, tile_lists
+from dashbench.kernels.dash import dash_attention
+from dashbench.kernels.reference import DashOptions
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# The interpreter computes in float32, so its errors are rounding and 1 / w of nearly excluded chunks; a GPU
+# multiplies bf16.
+DTYPE, TOLERANCE = (torch.bfloat16, 1.5e-2) if DEVICE == "cuda" else (torch.float32, 1e-4)
 
 
-def entmax(z, alpha):
-    """Entmax of the last dimension by bisection; the gradient flows through one exact Newton step at the
-    root."""
-    x = (alpha - 1) * z
-    low, high = x.max(-1, keepdim=True).values - 1, x.max(-1, keepdim=True).values
-    for _ in range(80):
-        middle = (low + high) / 2
-        total = (x - middle).clamp(min=0).pow(1 / (alpha - 1)).sum(-1, keepdim=True)
-        low, high = torch.where(total > 1, middle, low), torch.where(total > 1, high, middle)
-    fixed = high.detach()
-    excess = (x - fixed).clamp(min=0)
-    inside = excess > 0
-    safe = torch.where(inside, excess, torch.ones_like(excess))
-    slope = torch.where(inside, safe.pow(1 / (alpha - 1) - 1), 0) / (alpha - 1)
-    total = torch.where(inside, safe.pow(1 / (alpha - 1)), 0).sum(-1, keepdim=True)
-    tau = fixed + (total - 1) / slope.sum(-1, keepdim=True).detach()
-    excess = (x - tau).clamp(min=0)
-    return torch.where(inside, torch.where(inside, excess, 1.0).pow(1 / (alpha - 1)), 0), fixed
-
-
-def dash(q, k, v, q_bar, chunk, gamma, sigma, alpha, mode, detach, storage, pad=0):
-    """DashAttention in the inputs' dtype, dense: output, lse, summaries, tau, bit mask."""
+def dash(q, k, v, q_bar, options, detach, storage, pad=0):
+    """The specification, with what a forward saves: output, lse, summaries, tau, mask of earlier chunks."""
     batch, query_heads, n, d = q.shape
-    kv_heads = k.shape[1]
-    group, chunks = query_heads // kv_heads, math.ceil(n / chunk)
-    scale = d**-0.5
-    own = torch.arange(n, device=q.device) // chunk
-    per_chunk = q_bar.expand(batch, chunks, kv_heads, d).transpose(1, 2) if q_bar.ndim == 2 else q_bar
-    full = max(chunks - 1, 0)
-    kc = k[:, :, : full * chunk].reshape(batch, kv_heads, full, chunk, d)
-    real = torch.arange(full * chunk, device=q.device).view(full, chunk) >= pad
-    logits = (kc * per_chunk[:, :, :full, None]).sum(-1) * scale
-    a = torch.softmax(logits.masked_fill(~real, -1e30), -1)
-    k_bar = (a[..., None] * kc).sum(-2)
+    chunks, position = math.ceil(n / options.chunk_size), torch.arange(n, device=q.device)
+    padding = torch.full((batch,), pad, device=q.device)
+    if pad:
+        real = (position >= pad).expand(batch, n)
+        k_bar = reference._padded_summaries(k, q_bar, options.chunk_size, real)
+    else:
+        k_bar = reference.summarize(k, q_bar, options.chunk_size)
     # The router reads summaries in the storage dtype; rounding passes the gradient through.
     k_bar = k_bar + (k_bar.to(storage).to(k_bar.dtype) - k_bar).detach()
-    visible = torch.arange(full, device=q.device)[None] < own[:, None]
-    visible &= torch.arange(full, device=q.device) >= pad // chunk
-    qg = q.reshape(batch, kv_heads, group, n, d)
-    tau = torch.zeros(batch, kv_heads, group, n, dtype=q.dtype, device=q.device)
-    bias = torch.zeros(batch, kv_heads, n, chunks, dtype=q.dtype, device=q.device)
-    routed = torch.zeros(batch, kv_heads, n, chunks, dtype=torch.bool, device=q.device)
-    first = min((pad // chunk + 1) * chunk, n)
-    if n > first:
-        z = torch.einsum("bhgid,bhcd->bhgic", qg, k_bar) * (gamma * scale)
-        z = z.masked_fill(~visible, -1e4)[..., first:, :]
-        p, tau_late = entmax(z, alpha)
-        tau = torch.cat([tau[..., :first], tau_late[..., 0]], -1)
-        w = p.mean(2)
-        member = w > 1e-20
-        log_w = torch.where(member, torch.where(member, w, 1.0).log(), 0)
-        if mode == "centered":
-            mean = log_w.sum(-1, keepdim=True) / member.sum(-1, keepdim=True)
-            log_w = (log_w - (mean.detach() if detach else mean)) / sigma
-        elif mode == "none":
-            log_w = torch.zeros_like(log_w)
-        log_w = torch.where(member, log_w, 0)
-        bias = torch.cat([bias[:, :, :first], torch.nn.functional.pad(log_w, (0, chunks - full))], 2)
-        routed = torch.cat([routed[:, :, :first], torch.nn.functional.pad(member, (0, chunks - full))], 2)
-    out, lse = attend(q, k, v, routed, bias, chunk, pad)
-    return out, lse, k_bar, tau.reshape(batch, query_heads, n), routed
+    routing = reference.route(q, k_bar, position, chunks, options, padding // options.chunk_size)
+    bias = routing.bias
+    if detach:
+        log_w = torch.where(routing.routed, routing.weights, 1.0).log() / options.sigma
+        bias = torch.where(routing.routed, log_w + (bias - log_w).detach(), 0.0)
+    with torch.no_grad():
+        known = k_bar.shape[2]
+        x = torch.einsum("brgnd,brcd->brgnc", q.reshape(batch, k.shape[1], -1, n, d), k_bar)
+        x = x.reshape(batch, query_heads, n, known) * (options.alpha - 1) * options.scaling_factor * d**-0.5
+        visible = reference.visible_chunks(position, known, options.chunk_size, options.visibility)
+        visible = visible & (torch.arange(known, device=q.device) >= pad // options.chunk_size)
+        tau = reference.threshold(x.masked_fill(~visible, float("-inf")), options.alpha)[..., 0]
+    earlier = torch.arange(chunks, device=q.device)[None] < (position // options.chunk_size)[:, None]
+    routed = routing.active & earlier
+    out, lse = attend(q, k, v, routed, bias, options.chunk_size, pad)
+    return out, lse, k_bar, tau, routed
 
 
 def attend(q, k, v, routed, bias, chunk, pad=0):
@@ -103,19 +78,7 @@ def pack(routed):
     return torch.where(packed >= 1 << 31, packed - (1 << 32), packed).int()
 
 
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """Uninitialised memory holds NaN, or an integer that no list contains."""
-    empty, empty_like = torch.empty, torch.empty_like
-
-    def fill(tensor):
-        return tensor.fill_(float("nan") if tensor.is_floating_point() else -1)
-
-    monkeypatch.setattr(torch, "empty", lambda *args, **options: fill(empty(*args, **options)))
-    monkeypatch.setattr(torch, "empty_like", lambda *args, **options: fill(empty_like(*args, **options)))
-
-
-def make(n, group, kv_heads=2, d=64, batch=1, dtype=torch.float32, seed=0, per_chunk=0, token_major=False):
+def make(n, group, kv_heads=2, d=64, batch=1, dtype=DTYPE, seed=0, per_chunk=0, token_major=False):
     """q, k, v, summary query and the output's gradient; values are rounded to `dtype` before anything reads
     them."""
     g = torch.Generator().manual_seed(seed)
@@ -134,26 +97,27 @@ def relative(ours, exact):
     return ((ours.double() - exact).norm() / exact.norm().clamp(min=1e-30)).item()
 
 
-def gradients(
-    n, group, mode="centered", sigma=1.0, alpha=1.5, gamma=6.0, detach=False, chunk=16, launch=None,
-    deterministic=False, pad=0, **shape,
-):  # fmt: skip
+def gradients(n, group, launch=None, deterministic=False, detach=False, pad=0, options=None, **shape):
     """Ours and the exact gradients of q, k, v and the summary query, and the routing that both used."""
     q, k, v, q_bar, grad = make(n, group, **shape)
+    o = DashOptions(**dict(chunk_size=16, scaling_factor=6.0, sigma=1.0) | (options or {}))
     exact = [x.double().requires_grad_() for x in (q, k, v, q_bar)]
-    out, lse, k_bar, tau, routed = dash(*exact, chunk, gamma, sigma, alpha, mode, detach, q.dtype, pad)
+    out, lse, k_bar, tau, routed = dash(*exact, o, detach, q.dtype, pad)
     out.backward(grad.double())
     routing = RoutingGradient(
-        k_bar.detach().to(q.dtype), q_bar, tau.detach().float(), mode, gamma, sigma, alpha, detach
-    )
+        k_bar.detach().to(q.dtype), q_bar, tau.float(), o.bias_mode, o.scaling_factor, o.sigma, o.alpha,
+        detach,
+        forced=int(o.forced == "own_and_previous"), completed=o.visibility == "completed",
+    )  # fmt: skip
     saved = out.detach().to(q.dtype), lse.detach().float(), pack(routed)
     padding = torch.full((len(q),), pad, dtype=torch.int32, device=DEVICE) if pad else None
-    ours = attention_gradients(grad, q, k, v, *saved, chunk, routing, deterministic, padding, launch)
+    ours = attention_gradients(grad, q, k, v, *saved, o.chunk_size, routing, deterministic, padding, launch)
     return ours, [torch.zeros_like(x) if x.grad is None else x.grad for x in exact], routed
 
 
 def check(ours, exact, tolerance):
     names = ("q", "k", "v", "summary query")[: len(exact)]
+    ours = ours[: len(exact)]
     for name, mine, true in zip(names, ours, exact, strict=True):
         assert mine.shape == true.shape
         if true.abs().max() < 1e-12:
@@ -167,20 +131,22 @@ def check(ours, exact, tolerance):
     [
         dict(n=70, group=4),
         dict(n=70, group=4, detach=True),
-        dict(n=70, group=4, mode="raw"),
-        dict(n=70, group=4, alpha=1.25),
-        dict(n=70, group=2, alpha=2.0),
-        dict(n=70, group=4, sigma=1e6),
-        dict(n=70, group=1, sigma=0.5),
+        dict(n=70, group=4, options=dict(bias_mode="raw")),
+        dict(n=70, group=4, options=dict(alpha=1.25)),
+        dict(n=70, group=2, options=dict(alpha=2.0)),
+        dict(n=70, group=4, options=dict(sigma=1e6)),
+        dict(n=70, group=1, options=dict(sigma=0.5)),
         dict(n=70, group=3),
         dict(n=52, group=16, kv_heads=1),
-        dict(n=70, group=4, d=128, kv_heads=1, chunk=32),
+        dict(n=70, group=4, d=128, kv_heads=1, options=dict(chunk_size=32)),
         dict(n=40, group=2, batch=2, token_major=True),
         dict(n=70, group=4, per_chunk=5),
         dict(n=70, group=4, launch=BackwardLaunch(tile=8, splits=3)),
         dict(n=70, group=4, launch=BackwardLaunch(tile=8, splits=2), deterministic=True),
         dict(n=70, group=4, deterministic=True),
-        dict(n=70, group=3, alpha=1.25, mode="raw", deterministic=True),
+        dict(n=80, group=4, options=dict(visibility="completed", forced="own_and_previous")),
+        dict(n=80, group=4, deterministic=True, options=dict(visibility="completed", alpha=2.0)),
+        dict(n=70, group=3, deterministic=True, options=dict(bias_mode="raw", alpha=1.25)),
     ],
     ids=lambda case: "-".join(f"{name}={value}" for name, value in case.items() if name != "launch"),
 )
@@ -188,15 +154,14 @@ def test_gradients_match_float64(case):
     """sigma = 1 makes the routing's share as large as the attention's, so an error in either shows."""
     ours, exact, routed = gradients(**case)
     assert 0 < routed.float().mean() < 0.5 and exact[3].abs().max() > 0
-    # float32 throughout; 1 / w of nearly excluded chunks amplifies its rounding.
-    check(ours, exact, 1e-4)
+    check(ours, exact, TOLERANCE)
 
 
 @pytest.mark.parametrize("n", [1, 15, 16, 17, 32, 33])
 def test_chunk_borders_and_empty_routing(n):
     ours, exact, routed = gradients(n, 2)
     assert bool(routed.any()) == (n > 16)
-    check(ours, exact, 2e-5)
+    check(ours, exact, TOLERANCE)
 
 
 @pytest.mark.parametrize("pad", [1, 16, 19])
@@ -204,12 +169,12 @@ def test_left_padding_gets_no_gradient(pad):
     for deterministic in (False, True):
         ours, exact, routed = gradients(55, 2, pad=pad, deterministic=deterministic, kv_heads=1)
         assert routed.any() and all(g[..., :pad, :].abs().max() == 0 for g in ours[:3])
-        check(ours, exact, 1e-4)
+        check(ours, exact, TOLERANCE)
 
 
 def test_no_bias_leaves_only_the_attention():
-    ours, exact, _ = gradients(40, 2, mode="none")
-    check(ours[:3], exact[:3], 2e-5)
+    ours, exact, _ = gradients(40, 2, options=dict(bias_mode="none"))
+    check(ours[:3], exact[:3], TOLERANCE)
     assert ours[3] is None
 
 
@@ -223,8 +188,8 @@ def test_block_sparse_attention_with_a_constant_mask(density):
     out, lse = attend(*exact, earlier, torch.zeros_like(routed, dtype=torch.double), 16)
     out.backward(grad.double())
     # Bits at or behind the own chunk are set, too, and must be ignored.
-    ours = attention_gradients(grad, q, k, v, out.detach().float(), lse.detach().float(), pack(routed), 16)
-    check(ours[:3], [x.grad for x in exact], 2e-5)
+    ours = attention_gradients(grad, q, k, v, out.detach().to(DTYPE), lse.detach().float(), pack(routed), 16)
+    check(ours[:3], [x.grad for x in exact], TOLERANCE)
     assert ours[3] is None
 
 
@@ -238,14 +203,46 @@ def test_deterministic_twice_is_bitwise_equal():
 def test_autograd_reaches_every_input():
     q, k, v, q_bar, grad = make(40, 2)
     exact = [x.double().requires_grad_() for x in (q, k, v, q_bar)]
-    out, lse, k_bar, tau, routed = dash(*exact, 16, 6.0, 1.0, 1.5, "centered", False, q.dtype)
+    options = DashOptions(chunk_size=16, scaling_factor=6.0, sigma=1.0)
+    out, lse, k_bar, tau, routed = dash(*exact, options, False, q.dtype)
     out.backward(grad.double())
     inputs = [x.requires_grad_() for x in (q, k, v, q_bar)]
-    routing = RoutingGradient(k_bar.detach().float(), q_bar, tau.detach().float(), gamma=6.0, sigma=1.0)
+    routing = RoutingGradient(k_bar.detach().to(DTYPE), q_bar, tau.detach().float(), gamma=6.0, sigma=1.0)
     ours = with_gradients(out.detach().float(), q, k, v, lse.detach().float(), pack(routed), 16, routing)
-    assert torch.equal(ours, out.float())
+    assert torch.equal(ours, out.to(DTYPE))
     ours.backward(grad)
-    check([x.grad for x in inputs], [x.grad for x in exact], 1e-4)
+    check([x.grad for x in inputs], [x.grad for x in exact], TOLERANCE)
+
+
+def test_block_sparse_attention_is_differentiable():
+    q, k, v, _, grad = make(40, 2)
+    routed = torch.rand(1, 2, 40, 3, generator=torch.Generator().manual_seed(4)).to(DEVICE) < 0.5
+    routed &= torch.arange(3, device=DEVICE)[None] < (torch.arange(40, device=DEVICE) // 16)[:, None]
+    exact = [x.double().requires_grad_() for x in (q, k, v)]
+    attend(*exact, routed, torch.zeros_like(routed, dtype=torch.double), 16)[0].backward(grad.double())
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    routes = routes_of_mask(pack(routed), 16, 2)
+    block_sparse_attention(*inputs, routes)[0].backward(grad)
+    check([x.grad for x in inputs], [x.grad for x in exact], TOLERANCE)
+    with pytest.raises(ValueError, match="bit mask"):
+        block_sparse_attention(*inputs, replace(routes, mask=None))
+
+
+@pytest.mark.parametrize("pad", [0, 19])
+def test_whole_operator_trains(pad):
+    """The public function, forward and backward, against autograd through the specification."""
+    q, k, v, q_bar, grad = make(80, 2)
+    chosen = dict(chunk_size=16, scaling_factor=4.0, forced="own_and_previous", visibility="completed")
+    padding = torch.full((1,), pad, dtype=torch.int32, device=DEVICE)
+    exact = [x.double().requires_grad_() for x in (q, k, v, q_bar)]
+    out, _ = reference.dash_attention(*exact, DashOptions(**chosen), left_padding=padding)
+    out.backward(grad.double())
+    inputs = [x.requires_grad_() for x in (q, k, v, q_bar)]
+    dash_attention(*inputs, left_padding=padding if pad else None, **chosen).backward(grad)
+    # The summary query's gradient has the routing as its only source; bf16 summaries move the support's edge.
+    close = 1e-3 if DEVICE == "cpu" else 0.2
+    check([x.grad for x in inputs[:3]], [x.grad for x in exact[:3]], TOLERANCE)
+    assert relative(inputs[3].grad, exact[3].grad) < close
 
 
 def test_lists_enumerate_the_mask():
@@ -293,3 +290,48 @@ def test_refuses_what_it_does_not_cover(change, message):
     mask = torch.zeros(1, 2, 20, 1, dtype=torch.int32, device=DEVICE)
     with pytest.raises(ValueError, match=message):
         attention_gradients(grad, q, k, v, q, torch.zeros(1, 4, 20, device=DEVICE), mask, chunk)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "case",
+    [
+        dict(group=16, d=128),
+        dict(group=16, d=128, deterministic=True),
+        dict(group=16, d=128, deterministic=True, options=dict(sigma=1e6)),
+        dict(group=16, d=128, dtype=torch.float16),
+        dict(group=16, d=128, options=dict(bias_mode="raw", alpha=1.25)),
+        dict(group=16, d=128, token_major=True, pad=70),
+        dict(group=1, d=64),
+        dict(group=4, d=64, batch=2, options=dict(chunk_size=128)),
+        dict(group=8, d=128, options=dict(chunk_size=32)),
+        dict(group=3, d=128, options=dict(chunk_size=16)),
+    ],
+    ids=lambda case: "-".join(f"{name}={value}" for name, value in case.items()),
+)
+def test_real_shapes_match_float64(case):
+    ours, exact, routed = gradients(
+        n=1100, **case | dict(options=dict(chunk_size=64) | case.get("options", {}))
+    )
+    assert 0 < routed.float().mean() < 0.5
+    check(ours, exact, 1e-2)
+
+
+@pytest.mark.gpu
+def test_long_lists_match_a_dense_float32_backward():
+    """8k tokens, half of the chunks: lists longer than any block of the kernels."""
+    n, chunk = 8192, 64
+    q, k, v, _, grad = make(n, 2, kv_heads=1, d=128)
+    routed = torch.rand(1, 1, n // 32, n // chunk, generator=torch.Generator().manual_seed(3)) < 0.5
+    routed = routed.repeat_interleave(32, 2).to(DEVICE)
+    routed &= (
+        torch.arange(n // chunk, device=DEVICE)[None] < (torch.arange(n, device=DEVICE) // chunk)[:, None]
+    )
+    exact = [x.float().requires_grad_() for x in (q, k, v)]
+    out, lse = attend(*exact, routed, torch.zeros_like(routed, dtype=torch.float32), chunk)
+    out.backward(grad.float())
+    saved = out.detach().to(q.dtype), lse.detach(), pack(routed)
+    first = attention_gradients(grad, q, k, v, *saved, chunk)
+    check(first, [x.grad.double() for x in exact], 1e-2)
+    second = attention_gradients(grad, q, k, v, *saved, chunk)
+    assert all(torch.equal(a, b) for a, b in zip(first[:3], second[:3], strict=True))

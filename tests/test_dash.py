@@ -115,7 +115,7 @@ def test_lists_from_candidates_equal_lists_from_all_chunks(padding, forced):
     summaries = summarize_chunks(k, s, chunk, pad)
     saved, found, plain = (
         route_chunks(q, summaries, chunk, forced=forced, left_padding=pad, **more)
-        for more in ({"save": True}, {}, {"compact": False})
+        for more in ({"save": True, "compact": True}, {"compact": True}, {"compact": False})
     )
     mask = unpack(saved.mask, chunks)
     assert 0.02 < float(mask.float().mean()) < 0.4

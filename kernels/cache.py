@@ -1,0 +1,110 @@
+"""DashCache: one layer's keys, values and chunk summaries, growing without limit."""
+
+from __future__ import annotations
+
+import torch
+
+from dashbench.kernels.decode import DecodeCache, append
+
+
+class DashCache:
+    """A contiguous cache that doubles its capacity when appended tokens would not fit.
+
+    Growth moves the tensors, so `view` must be asked for again and captured CUDA graphs become invalid:
+    call `reserve` for the longest sequence before capturing. A replayed graph advances the lengths on the
+    device only; tell the host by `advanced`, or the check of capacity is blind to it.
+
+    Args:
+        batch, kv_heads, head_dim: B, Hkv, D.
+        chunk_size: C.
+        capacity: tokens a sequence to start with, rounded up to whole chunks.
+        dtype, device: of keys, values and summaries.
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        kv_heads: int,
+        head_dim: int,
+        chunk_size: int = 64,
+        capacity: int = 4096,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str = "cuda",
+    ):
+        if capacity < 1:
+            raise ValueError(f"capacity must be positive, got {capacity}")
+        self.chunk_size = chunk_size
+        chunks = -(-capacity // chunk_size)
+        shape = (batch, kv_heads, chunks * chunk_size, head_dim)
+        options = {"dtype": dtype, "device": device}
+        self.view = DecodeCache(
+            torch.zeros(shape, **options),
+            torch.zeros(shape, **options),
+            torch.zeros(batch, kv_heads, chunks, head_dim, **options),
+            torch.zeros(batch, dtype=torch.int32, device=device),
+        )
+        self._tickets = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.longest = 0
+        """Host's upper bound of every sequence's length."""
+
+    @property
+    def capacity(self) -> int:
+        """Tokens a sequence can hold before the next growth."""
+        return self.view.capacity
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for `tokens` tokens a sequence.
+
+        Raises:
+            RuntimeError: growth is needed while a CUDA graph is being captured.
+        """
+        if tokens <= self.capacity:
+            return
+        if self.view.key.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("the cache must grow during graph capture: reserve before it")
+        chunks = -(-max(tokens, 2 * self.capacity) // self.chunk_size)
+        old = self.view
+        self.view = DecodeCache(
+            _grown(old.key, chunks * self.chunk_size),
+            _grown(old.value, chunks * self.chunk_size),
+            _grown(old.summaries, chunks),
+            old.lengths,
+        )
+
+    def append(self, key: torch.Tensor, value: torch.Tensor, summary_query: torch.Tensor) -> None:
+        """Append T tokens to every sequence and summarise the chunks they complete.
+
+        Args:
+            key, value: `[B, Hkv, T, D]` in the cache's dtype, after position embedding.
+            summary_query: `[Hkv, D]`.
+
+        Raises:
+            ValueError: shape or dtype differ from the cache's.
+        """
+        kept = self.view.key
+        for name, x in (("key", key), ("value", value)):
+            if x.dtype != kept.dtype:
+                raise ValueError(f"{name} is {x.dtype}, the cache {kept.dtype}")
+            if (*x.shape[:2], x.shape[3]) != (*kept.shape[:2], kept.shape[3]):
+                raise ValueError(f"{name} {tuple(x.shape)} does not fit a cache {tuple(kept.shape)}")
+        if tuple(summary_query.shape) != (kept.shape[1], kept.shape[3]):
+            raise ValueError(f"summary_query must be {(kept.shape[1], kept.shape[3])}")
+        self.reserve(self.longest + key.shape[2])
+        append(self.view, key, value, summary_query.contiguous(), self.chunk_size, self._tickets)
+        self.advanced(key.shape[2])
+
+    def advanced(self, tokens: int) -> None:
+        """Tell the host that replayed graphs appended `tokens` tokens to every sequence."""
+        self.longest += tokens
+
+    def clear(self) -> None:
+        """Forget every token; capacity stays."""
+        self.view.lengths.zero_()
+        self.longest = 0
+
+
+def _grown(x: torch.Tensor, size: int) -> torch.Tensor:
+    """A copy of `[B, H, n, D]` with room for `size` in dimension 2."""
+    larger = x.new_zeros(*x.shape[:2], size, x.shape[3])
+    larger[:, :, : x.shape[2]] = x
+    return larger

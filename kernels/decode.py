@@ -1,0 +1,320 @@
+"""One decode step of DashAttention: a few new tokens against a cache with chunk summaries.
+
+Source: DashAttention (arXiv 2605.18753). Stages, each callable on its own on one `DecodeStep`:
+
+    append    write new keys and values, summarise chunks that they complete, advance the lengths
+    scores    γ ⟨q, k̄⟩ / √D over the visible chunks
+    route     entmax, mean over the group, list of active chunks in ascending order
+    attend    attention over the list, every split an equal share of it
+    combine   join the splits
+
+No stage reads a length on the host, and every buffer is allocated by `DecodeWorkspace`, so a step can be
+captured in a CUDA graph and replayed while the cache grows.
+
+Letters: B sequences, T new tokens a sequence, Hq query heads, Hkv KV heads, G = Hq / Hkv, D head dim, C chunk
+size, M chunks that the cache can hold.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from dashbench.kernels.decode_kernels import (
+    append_kernel,
+    attend_kernel,
+    combine_kernel,
+    route_kernel,
+    scores_kernel,
+)
+from dashbench.kernels.reference import DashOptions
+
+
+@dataclass(frozen=True)
+class DecodeCache:
+    """Tensors of one layer's cache.
+
+    Attributes:
+        key, value: `[pages, Hkv, page_size, D]` by strides (D contiguous); without a page table one page a
+            sequence: `[B, Hkv, capacity, D]`.
+        summaries: `[pages, Hkv, page_size / C, D]`, k̄ of complete chunks, paged alongside.
+        lengths: `[B]` int32, tokens in the cache, on the device.
+        page_table: `[B, pages a sequence]` int32, or None.
+    """
+
+    key: torch.Tensor
+    value: torch.Tensor
+    summaries: torch.Tensor
+    lengths: torch.Tensor
+    page_table: torch.Tensor | None = None
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that one sequence can hold."""
+        pages = 1 if self.page_table is None else self.page_table.shape[1]
+        return pages * self.key.shape[2]
+
+
+@dataclass(frozen=True)
+class DecodeLaunch:
+    """Launch choices that change no result beyond rounding.
+
+    Attributes:
+        splits: programs that share one group's chunks; None fills the device once.
+        stages: of the attend loop's pipeline. A chunk's place must be loaded before its keys, so Triton 3.6
+            has n tiles in flight ahead of the product from 2n + 1 stages.
+        attend_warps: warps of an attend program.
+        score_tile: chunks of a scores program.
+        route_warps: warps of a route program.
+        overlap: launch each kernel before the previous one has drained (capability 9.0 and later).
+    """
+
+    splits: int | None = None
+    stages: int = 5
+    attend_warps: int = 4
+    score_tile: int = 32
+    route_warps: int = 4
+    overlap: bool = False
+
+
+LOG2_E = 1.4426950408889634
+
+ROUTE_TILE = 2048
+"""Chunks whose scores a route program keeps in registers; it reads the rest again in every step."""
+
+
+class DecodeWorkspace:
+    """Buffers of a step; they may be shared by layers that run one after the other.
+
+    After a step `lists[b, t, r, : counts[b, t, r]]` are the active chunks in ascending order (own chunk
+    included) and `weights[b, t, r, : visible chunks]` the routing weights.
+
+    Args:
+        batch, new_tokens: B, T.
+        query_heads, kv_heads, head_dim: Hq, Hkv, D.
+        chunks: M.
+        splits: programs that share a group's chunks.
+        device: where.
+    """
+
+    def __init__(self, batch, new_tokens, query_heads, kv_heads, head_dim, chunks, splits, device):
+        rows = (batch, new_tokens)
+        single = {"dtype": torch.float32, "device": device}
+        integer = {"dtype": torch.int32, "device": device}
+        self.splits = splits
+        self.scores = torch.empty(*rows, query_heads, chunks, **single)
+        self.weights = torch.empty(*rows, kv_heads, chunks, **single)
+        self.biases = torch.empty(*rows, kv_heads, chunks, **single)
+        self.lists = torch.empty(*rows, kv_heads, chunks, **integer)
+        self.places = torch.empty(*rows, kv_heads, chunks, **integer)
+        self.counts = torch.empty(*rows, kv_heads, **integer)
+        # Kernels leave tickets at zero.
+        self.route_tickets = torch.zeros(*rows, kv_heads, **integer)
+        self.append_tickets = torch.zeros(batch, **integer)
+        self.partial_output = torch.empty(*rows, query_heads, splits, head_dim, **single)
+        self.partial_statistics = torch.empty(*rows, query_heads, splits, 2, **single)
+
+
+class DecodeStep:
+    """One step bound to its tensors; the methods are the stages, `run` is scores to combine.
+
+    Args:
+        query: `[B, Hq, T, D]`, the sequences' last T tokens, after position embedding; D contiguous.
+        cache: holds those tokens already (`append`), `lengths` counting them. A sequence must have at least
+            T tokens.
+        options: γ, α, σ and modes.
+        launch: see `DecodeLaunch`.
+        workspace: buffers of earlier steps of the same shape, or None.
+        output: `[B, Hq, T, D]` to write, or None.
+
+    Raises:
+        ValueError: an unsupported shape, named.
+    """
+
+    def __init__(
+        self,
+        query: torch.Tensor,
+        cache: DecodeCache,
+        options: DashOptions,
+        launch: DecodeLaunch = DecodeLaunch(),
+        workspace: DecodeWorkspace | None = None,
+        output: torch.Tensor | None = None,
+    ):
+        batch, query_heads, new_tokens, head_dim = query.shape
+        kv_heads = cache.key.shape[1]
+        _check(query, cache, options)
+        self.query, self.cache, self.options, self.launch = query, cache, options, launch
+        self.chunks = cache.capacity // options.chunk_size
+        self.group = query_heads // kv_heads
+        if workspace is None:
+            splits = launch.splits or _splits(batch * new_tokens * kv_heads, self.chunks, query.device)
+            workspace = DecodeWorkspace(
+                batch, new_tokens, query_heads, kv_heads, head_dim, self.chunks, splits, query.device
+            )
+        self.workspace = workspace
+        self.output = torch.empty_like(query) if output is None else output
+        self.rows = batch * new_tokens
+        self.kv_heads, self.new_tokens, self.head_dim = kv_heads, new_tokens, head_dim
+        self.scale = head_dim**-0.5
+
+    def _pages(self):
+        cache, size = self.cache, self.options.chunk_size
+        if cache.page_table is None:
+            return cache.lengths, 0, self.chunks  # the pointer is not read
+        return cache.page_table, cache.page_table.stride(0), cache.key.shape[2] // size
+
+    def _common(self):
+        launch = {"launch_pdl": True} if self.launch.overlap else {}
+        return {"PAGED": self.cache.page_table is not None, "PDL": self.launch.overlap, **launch}
+
+    def scores(self) -> None:
+        """Routing scores into the workspace."""
+        cache, space = self.cache, self.workspace
+        table, table_stride, per_page = self._pages()
+        tile = self.launch.score_tile
+        scores_kernel[(triton.cdiv(self.chunks, tile), self.kv_heads, self.rows)](
+            self.query, cache.summaries, cache.lengths, table, space.scores, space.weights,
+            _strides(self.query), _strides(cache.summaries), table_stride, per_page, self.new_tokens,
+            self.chunks, self.options.scaling_factor * self.scale,
+            G=self.group, ROWS=_rows(self.group), C=self.options.chunk_size, D=self.head_dim, TILE=tile,
+            COMPLETED=self.options.visibility == "completed", num_warps=4, **self._common(),
+        )  # fmt: skip
+
+    def route(self) -> None:
+        """Weights and lists of active chunks from the scores."""
+        space, options = self.workspace, self.options
+        table, table_stride, per_page = self._pages()
+        route_kernel[(self.kv_heads * self.group, self.rows)](
+            space.scores, space.weights, space.lists, space.places, space.biases, space.counts,
+            self.cache.lengths, table, space.route_tickets, table_stride, per_page, self.new_tokens,
+            self.chunks, 1 / (options.alpha - 1), 1 / options.sigma,
+            G=self.group, C=options.chunk_size, TILE=min(ROUTE_TILE, triton.next_power_of_2(self.chunks)),
+            ALPHA_IS_1_5=options.alpha == 1.5, BIAS=options.bias_mode,
+            FORCE_PREVIOUS=options.forced == "own_and_previous",
+            COMPLETED=options.visibility == "completed", num_warps=self.launch.route_warps, **self._common(),
+        )  # fmt: skip
+
+    def attend(self) -> None:
+        """Partial attention of every split."""
+        cache, space = self.cache, self.workspace
+        per_page = self._pages()[2]
+        attend_kernel[(space.splits, self.kv_heads, self.rows)](
+            self.query, cache.key, cache.value, space.lists if cache.page_table is None else space.places,
+            space.biases, space.counts, cache.lengths, space.partial_output, space.partial_statistics,
+            _strides(self.query), _strides(cache.key), _strides(cache.value), per_page, self.new_tokens,
+            self.chunks, self.scale * LOG2_E,
+            G=self.group, ROWS=_rows(self.group), C=self.options.chunk_size, D=self.head_dim,
+            BLOCK=max(64, self.options.chunk_size), STAGES=self.launch.stages, BIAS=self.options.bias_mode,
+            num_warps=self.launch.attend_warps, **self._common(),
+        )  # fmt: skip
+
+    def combine(self) -> torch.Tensor:
+        """Join the splits; returns the output `[B, Hq, T, D]`."""
+        space, common, width = self.workspace, self._common(), 32
+        del common["PAGED"]
+        combine_kernel[(self.head_dim // width, self.kv_heads * self.group, self.rows)](
+            space.partial_output, space.partial_statistics, self.output, _strides(self.output),
+            self.new_tokens, space.splits,
+            D=self.head_dim, SPLITS=triton.next_power_of_2(space.splits), WIDTH=width, num_warps=4, **common,
+        )  # fmt: skip
+        return self.output
+
+    def run(self) -> torch.Tensor:
+        """scores, route, attend, combine."""
+        self.scores()
+        self.route()
+        self.attend()
+        return self.combine()
+
+
+def append(
+    cache: DecodeCache,
+    new_key: torch.Tensor,
+    new_value: torch.Tensor,
+    summary_query: torch.Tensor,
+    chunk_size: int,
+    tickets: torch.Tensor,
+    overlap: bool = False,
+) -> None:
+    """Write new tokens behind each sequence's last, summarise chunks they complete, advance `lengths`.
+
+    Writing a whole prompt into an empty cache this way also makes its summaries. The caller sees to it that
+    lengths stay within the capacity: it cannot be checked without reading the device.
+
+    Args:
+        cache: changed in place.
+        new_key, new_value: `[B, Hkv, T, D]`, D contiguous, after position embedding.
+        summary_query: `[Hkv, D]` contiguous.
+        chunk_size: C.
+        tickets: `[B]` int32 zeros, left at zero (`DecodeWorkspace.append_tickets`).
+        overlap: see `DecodeLaunch`.
+    """
+    batch, kv_heads, new_tokens, head_dim = new_key.shape
+    table, table_stride, per_page = cache.lengths, 0, cache.capacity // chunk_size
+    if cache.page_table is not None:
+        table, table_stride = cache.page_table, cache.page_table.stride(0)
+        per_page = cache.key.shape[2] // chunk_size
+    launch = {"launch_pdl": True} if overlap else {}
+    append_kernel[((new_tokens - 1) // chunk_size + 2, kv_heads, batch)](
+        new_key, new_value, cache.key, cache.value, cache.summaries, summary_query, cache.lengths, table,
+        tickets, _strides(new_key), _strides(new_value), _strides(cache.key), _strides(cache.value),
+        _strides(cache.summaries), table_stride, per_page, new_tokens, head_dim**-0.5,
+        C=chunk_size, D=head_dim, PAGED=cache.page_table is not None, PDL=overlap, num_warps=4, **launch,
+    )  # fmt: skip
+
+
+def decode_attention(
+    query: torch.Tensor,
+    cache: DecodeCache,
+    options: DashOptions = DashOptions(),
+    launch: DecodeLaunch = DecodeLaunch(),
+    workspace: DecodeWorkspace | None = None,
+) -> tuple[torch.Tensor, DecodeWorkspace]:
+    """DashAttention of the sequences' last T tokens, causal among themselves; see `DecodeStep`.
+
+    Returns:
+        (output `[B, Hq, T, D]`, workspace, whose `counts` are the active chunks and `lists` the routing).
+    """
+    step = DecodeStep(query, cache, options, launch, workspace)
+    return step.run(), step.workspace
+
+
+def _rows(group: int) -> int:
+    """Rows of the matrix product: the group padded to what tensor cores take."""
+    return max(16, triton.next_power_of_2(group))
+
+
+def _splits(groups: int, chunks: int, device: torch.device) -> int:
+    """Programs a group so that all groups together fill the device twice, one chunk a program at least."""
+    processors = 4
+    if device.type == "cuda":
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return max(1, min(2 * processors // groups, 128, chunks))
+
+
+def _strides(x: torch.Tensor) -> tuple[int, int, int]:
+    return x.stride()[:3]
+
+
+def _check(query: torch.Tensor, cache: DecodeCache, options: DashOptions) -> None:
+    heads, head_dim, size = query.shape[1], query.shape[3], options.chunk_size
+    if heads % cache.key.shape[1]:
+        raise ValueError(f"{heads} query heads are no multiple of {cache.key.shape[1]} KV heads")
+    if head_dim not in (64, 128):
+        raise ValueError(f"head dim must be 64 or 128, got {head_dim}: pad it")
+    if size not in (16, 32, 64, 128):
+        raise ValueError(f"chunk size must be 16, 32, 64 or 128, got {size}")
+    if cache.key.shape[2] % size:
+        raise ValueError(f"{cache.key.shape[2]} tokens a page are no multiple of the chunk size {size}")
+    if not 1 < options.alpha <= 2:
+        raise ValueError(f"alpha must be in (1, 2], got {options.alpha}")
+    for name, x in (
+        ("query", query),
+        ("key", cache.key),
+        ("value", cache.value),
+        ("summaries", cache.summaries),
+    ):
+        if x.stride(-1) != 1:
+            raise ValueError(f"{name}: the head dim must be contiguous")

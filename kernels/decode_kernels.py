@@ -1,0 +1,334 @@
+"""Device code of DashAttention's decode step: append, scores, route, attend, combine.
+
+Source: DashAttention (arXiv 2605.18753). All kernels take the sequences' lengths from device memory; grids
+follow the cache's capacity, so a captured CUDA graph serves every length and nothing recompiles.
+
+Letters: B sequences, T new tokens of a sequence (its last ones), Hq query heads, Hkv KV heads, G = Hq / Hkv,
+D head dim, C chunk size, M chunks that the cache can hold, S splits. "Step row" is (sequence, new token).
+
+Keys are addressed as page, KV head, token in the page, D; summaries as page, KV head, chunk in the page, D.
+A contiguous cache is one page a sequence.
+"""
+
+import triton
+import triton.language as tl
+
+EPSILON = tl.constexpr(1e-20)
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _after_previous_kernel(PDL: tl.constexpr):
+    """Programmatic dependent launch: let the next kernel start, then wait for the previous one's memory."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def _page_of(page_table, page_table_stride, sequence, chunk, chunks_per_page, PAGED: tl.constexpr):
+    """(page, chunk inside it) of a sequence's chunk."""
+    if PAGED:
+        page = tl.load(page_table + sequence * page_table_stride + chunk // chunks_per_page).to(tl.int64)
+        return page, chunk % chunks_per_page
+    else:
+        return (chunk * 0).to(tl.int64) + sequence, chunk
+
+
+@triton.jit
+def append_kernel(
+    new_key, new_value, key, value, summaries, summary_query, lengths, page_table, tickets,
+    new_key_strides, new_value_strides, key_strides, value_strides, summary_strides, page_table_stride,
+    chunks_per_page, new_tokens, scale,
+    C: tl.constexpr, D: tl.constexpr, PAGED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Write the new tokens of one (sequence, KV head) in one chunk; summarise it if that completes it.
+
+    The last program of a sequence adds `new_tokens` to its length.
+    """
+    part, head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    _after_previous_kernel(PDL)
+    length = tl.load(lengths + sequence)
+    chunk = length // C + part
+    position = chunk * C + tl.arange(0, C)
+    fresh = (position >= length) & (position < length + new_tokens)
+    o_d = tl.arange(0, D)
+    if chunk * C < length + new_tokens:
+        page, inside = _page_of(page_table, page_table_stride, sequence, chunk, chunks_per_page, PAGED)
+        slot = (inside * C + tl.arange(0, C)).to(tl.int64)
+        new = (position - length).to(tl.int64)
+        p_new = new_key + sequence * new_key_strides[0] + head * new_key_strides[1]
+        b_new = tl.load(
+            p_new + new[:, None] * new_key_strides[2] + o_d[None, :], fresh[:, None], 0.0
+        )  # [C, D]
+        p_key = (
+            key
+            + page * key_strides[0]
+            + head * key_strides[1]
+            + slot[:, None] * key_strides[2]
+            + o_d[None, :]
+        )
+        # Earlier tokens come from the cache and new ones from registers: no read after write.
+        b_old = tl.load(p_key, (position < length)[:, None], 0.0)
+        tl.store(p_key, b_new, fresh[:, None])
+        p_new = new_value + sequence * new_value_strides[0] + head * new_value_strides[1]
+        b_value = tl.load(p_new + new[:, None] * new_value_strides[2] + o_d[None, :], fresh[:, None], 0.0)
+        p_value = value + page * value_strides[0] + head * value_strides[1]
+        tl.store(p_value + slot[:, None] * value_strides[2] + o_d[None, :], b_value, fresh[:, None])
+        if (chunk + 1) * C <= length + new_tokens:
+            b_key = tl.where(fresh[:, None], b_new, b_old).to(tl.float32)
+            b_query = tl.load(summary_query + head * D + o_d).to(tl.float32)
+            logits = tl.sum(b_key * b_query[None, :], 1) * scale
+            weights = tl.exp(logits - tl.max(logits, 0))
+            b_summary = tl.sum(b_key * weights[:, None], 0) / tl.sum(weights, 0)
+            p_summary = summaries + page * summary_strides[0] + head * summary_strides[1]
+            tl.store(p_summary + inside.to(tl.int64) * summary_strides[2] + o_d, b_summary)
+    # Every thread has read the length before this program's ticket says so.
+    tl.debug_barrier()
+    programs = tl.num_programs(0) * tl.num_programs(1)
+    if tl.atomic_add(tickets + sequence, 1) == programs - 1:
+        tl.store(tickets + sequence, 0)
+        tl.store(lengths + sequence, length + new_tokens)
+
+
+@triton.jit
+def scores_kernel(
+    query, summaries, lengths, page_table, scores, weights,
+    query_strides, summary_strides, page_table_stride, chunks_per_page, new_tokens, capacity, scale,
+    G: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr,
+    COMPLETED: tl.constexpr, PAGED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """scores[row, h, c] = γ ⟨q_h, k̄_c⟩ / √D for one tile of visible chunks; clears the tile's weights."""
+    tile, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    _after_previous_kernel(PDL)
+    sequence = (row // new_tokens).to(tl.int64)
+    token = row % new_tokens
+    position = tl.load(lengths + sequence) - new_tokens + token
+    visible = (position + 1) // C if COMPLETED else position // C
+    if tile * TILE < visible:
+        kv_heads = tl.num_programs(1)
+        chunk = tile * TILE + tl.arange(0, TILE)
+        inside_sequence = chunk < visible
+        o_g, o_d = tl.arange(0, ROWS), tl.arange(0, D)
+        p_query = query + sequence * query_strides[0] + token * query_strides[2]
+        p_query += (head * G + o_g)[:, None].to(tl.int64) * query_strides[1] + o_d[None, :]
+        b_query = tl.load(p_query, (o_g < G)[:, None], 0.0)  # [ROWS, D]
+        page, inside = _page_of(
+            page_table, page_table_stride, sequence, tl.minimum(chunk, visible - 1), chunks_per_page, PAGED
+        )
+        p_summary = summaries + head * summary_strides[1] + o_d[:, None]
+        p_summary += (page * summary_strides[0] + inside.to(tl.int64) * summary_strides[2])[None, :]
+        b_summary = tl.load(p_summary, inside_sequence[None, :], 0.0)  # [D, TILE]
+        b_scores = tl.dot(b_query, b_summary, input_precision="ieee") * scale
+        p_scores = scores + (row.to(tl.int64) * kv_heads * G + head * G + o_g)[:, None] * capacity
+        tl.store(p_scores + chunk[None, :], b_scores, (o_g < G)[:, None] & inside_sequence[None, :])
+        p_weights = weights + (row.to(tl.int64) * kv_heads + head) * capacity
+        tl.store(p_weights + chunk, tl.zeros([TILE], tl.float32), inside_sequence)
+
+
+@triton.jit
+def _power_sums(x, threshold, power, ALPHA_IS_1_5: tl.constexpr):
+    """Σ [x − τ]₊^p and Σ [x − τ]₊^(p−1) over the entries above τ."""
+    gap = tl.maximum(x - threshold, 0.0)
+    if ALPHA_IS_1_5:
+        return tl.sum(gap * gap, 0), tl.sum(gap, 0)
+    else:
+        logarithm = tl.log2(tl.where(gap > 0, gap, 1.0))
+        upper = tl.where(gap > 0, tl.exp2(power * logarithm), 0.0)
+        lower = tl.where(gap > 0, tl.exp2((power - 1) * logarithm), 0.0)
+        return tl.sum(upper, 0), tl.sum(lower, 0)
+
+
+@triton.jit
+def _newton_step(threshold, upper, lower, power, ALPHA_IS_1_5: tl.constexpr):
+    """One Newton step on g(τ) = ‖[x − τ]₊‖_p − 1.
+
+    g is convex and falling, so that steps from the left of the root never pass it; on a fixed support far
+    from the kinks it is nearly linear, so that few steps are needed, flat logits included (one).
+    """
+    if ALPHA_IS_1_5:
+        return threshold + (upper - tl.sqrt_rn(upper)) / lower
+    else:
+        return threshold + (upper - tl.exp2((1 - 1 / power) * tl.log2(upper))) / lower
+
+
+@triton.jit
+def route_kernel(
+    scores, weights, lists, places, biases, counts, lengths, page_table, tickets,
+    page_table_stride, chunks_per_page, new_tokens, capacity, power, inverse_sigma,
+    G: tl.constexpr, C: tl.constexpr, TILE: tl.constexpr, ALPHA_IS_1_5: tl.constexpr,
+    BIAS: tl.constexpr, FORCE_PREVIOUS: tl.constexpr, COMPLETED: tl.constexpr, PAGED: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """Entmax of one query head, added to its group's weights; the group's last head lists the chunks.
+
+    α-entmax: p = [x − τ]₊^p with x = (α − 1) z, p = 1 / (α − 1), Σ p = 1 (Peters et al. 2019). Weights are
+    added by atomics: their support does not depend on the order, their last bits may.
+    """
+    query_head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    _after_previous_kernel(PDL)
+    kv_heads = tl.num_programs(0) // G
+    head = query_head // G
+    position = tl.load(lengths + row // new_tokens) - new_tokens + (row % new_tokens).to(tl.int32)
+    own = position // C
+    visible = (position + 1) // C if COMPLETED else own
+    p_scores = scores + (row * tl.num_programs(0) + query_head) * capacity
+    p_weights = weights + (row * kv_heads + head) * capacity
+    o_t = tl.arange(0, TILE)
+    slope = 1.0 / power  # α − 1
+    if visible > 0:
+        x = tl.load(p_scores + o_t, o_t < visible, float("-inf")) * slope  # [TILE]
+        peak = tl.max(x, 0)
+        for start in range(TILE, visible, TILE):
+            later = tl.load(p_scores + start + o_t, start + o_t < visible, float("-inf")) * slope
+            peak = tl.maximum(peak, tl.max(later, 0))
+        x -= peak
+        threshold = peak * 0 - 1.0
+        moving = True
+        steps = 0
+        while moving:
+            upper, lower = _power_sums(x, threshold, power, ALPHA_IS_1_5)
+            for start in range(TILE, visible, TILE):
+                later = tl.load(p_scores + start + o_t, start + o_t < visible, float("-inf")) * slope - peak
+                more_upper, more_lower = _power_sums(later, threshold, power, ALPHA_IS_1_5)
+                upper += more_upper
+                lower += more_lower
+            following = _newton_step(threshold, upper, lower, power, ALPHA_IS_1_5)
+            steps += 1
+            moving = (following > threshold) & (steps < 30)
+            threshold = tl.maximum(threshold, following)
+        for start in range(0, visible, TILE):
+            z = tl.load(p_scores + start + o_t, start + o_t < visible, float("-inf")) * slope - peak
+            gap = tl.maximum(z - threshold, 0.0)
+            if ALPHA_IS_1_5:
+                probability = gap * gap
+            else:
+                probability = tl.where(gap > 0, tl.exp2(power * tl.log2(tl.where(gap > 0, gap, 1.0))), 0.0)
+            tl.atomic_add(p_weights + start + o_t, probability / G, probability > 0, sem="relaxed")
+    # The ticket must follow this program's additions.
+    tl.debug_barrier()
+    group = row * kv_heads + head
+    if tl.atomic_add(tickets + group, 1) == G - 1:
+        tl.store(tickets + group, 0)
+        logarithms = 0.0
+        routed_chunks = 0
+        if BIAS == "centered":
+            for start in range(0, visible, TILE):
+                chunk = start + o_t
+                w = tl.load(p_weights + chunk, chunk < visible, 0.0, cache_modifier=".cg")
+                routed = (w > EPSILON) & (chunk != own)
+                if FORCE_PREVIOUS:
+                    routed &= chunk != own - 1
+                logarithms += tl.sum(tl.where(routed, tl.log(tl.where(routed, w, 1.0)), 0.0), 0)
+                routed_chunks += tl.sum(routed.to(tl.int32), 0)
+        mean = logarithms / tl.maximum(routed_chunks, 1)
+        written = 0
+        for start in range(0, own + 1, TILE):
+            chunk = start + o_t
+            w = tl.load(p_weights + chunk, chunk < visible, 0.0, cache_modifier=".cg")
+            forced = chunk == own
+            if FORCE_PREVIOUS:
+                forced |= chunk == own - 1
+            active = (w > EPSILON) | forced
+            rank = written + tl.cumsum(active.to(tl.int32), 0) - 1
+            tl.store(lists + group * capacity + rank, chunk, active)
+            if PAGED:
+                # Resolved here, because a third dependent load keeps attend's loads out of the pipeline.
+                sequence = row // new_tokens
+                page, inside = _page_of(
+                    page_table, page_table_stride, sequence, tl.minimum(chunk, own), chunks_per_page, PAGED
+                )
+                place = (page * chunks_per_page + inside).to(tl.int32)
+                tl.store(places + group * capacity + rank, place, active)
+            if BIAS != "none":
+                logarithm = tl.log(tl.where(forced, 1.0, tl.maximum(w, EPSILON)))
+                bias = (logarithm - mean) * inverse_sigma if BIAS == "centered" else logarithm
+                tl.store(biases + group * capacity + rank, tl.where(forced, 0.0, bias), active)
+            written += tl.sum(active.to(tl.int32), 0)
+        tl.store(counts + group, written)
+
+
+@triton.jit
+def attend_kernel(
+    query, key, value, places, biases, counts, lengths, partial_output, partial_statistics,
+    query_strides, key_strides, value_strides, chunks_per_page, new_tokens, capacity,
+    scale_log2,
+    G: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+    STAGES: tl.constexpr, BIAS: tl.constexpr, PAGED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Attention of one group over one split's equal share of the listed chunks, BLOCK tokens at a time."""
+    split, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    _after_previous_kernel(PDL)
+    splits, kv_heads = tl.num_programs(0), tl.num_programs(1)
+    sequence = (row // new_tokens).to(tl.int64)
+    token = row % new_tokens
+    position = tl.load(lengths + sequence) - new_tokens + token
+    group = row.to(tl.int64) * kv_heads + head
+    count = tl.load(counts + group)
+    CHUNKS: tl.constexpr = BLOCK // C
+    blocks = (count + CHUNKS - 1) // CHUNKS
+    begin, end = blocks * split // splits, blocks * (split + 1) // splits
+    o_g, o_d, o_t = tl.arange(0, ROWS), tl.arange(0, D), tl.arange(0, BLOCK)
+    p_query = query + sequence * query_strides[0] + token * query_strides[2]
+    p_query += (head * G + o_g)[:, None].to(tl.int64) * query_strides[1] + o_d[None, :]
+    b_query = tl.load(p_query, (o_g < G)[:, None], 0.0)  # [ROWS, D]
+    p_key, p_value = key + head * key_strides[1], value + head * value_strides[1]
+    running_max = tl.full([ROWS], float("-inf"), tl.float32)
+    running_sum = tl.zeros([ROWS], tl.float32)
+    accumulator = tl.zeros([ROWS, D], tl.float32)
+    for block in tl.range(begin, end, num_stages=STAGES):
+        if CHUNKS == 1:
+            entry = block + 0 * o_t
+            place = tl.load(places + group * capacity + block)
+        else:
+            entry = block * CHUNKS + o_t // C
+            place = tl.load(places + group * capacity + entry, entry < count, 0)
+        page = (place // chunks_per_page).to(tl.int64) if PAGED else sequence
+        inside = place % chunks_per_page if PAGED else place
+        slot = inside.to(tl.int64) * C + o_t % C
+        # The last chunk listed is the query's own; those before it are complete.
+        keep = (entry < count - 1) | ((entry == count - 1) & (o_t % C <= position % C))  # [BLOCK]
+        o_key = page * key_strides[0] + slot * key_strides[2]
+        o_value = page * value_strides[0] + slot * value_strides[2]
+        b_key = tl.load(p_key + o_key[None, :] + o_d[:, None], keep[None, :], 0.0)  # [D, BLOCK]
+        logits = tl.dot(b_query, b_key, input_precision="ieee") * scale_log2
+        if BIAS != "none":
+            logits += (tl.load(biases + group * capacity + entry, entry < count, 0.0) * LOG2_E)[None, :]
+        logits = tl.where(keep[None, :], logits, float("-inf"))
+        # A block may hold no causal token of a padded entry: -inf - -inf must not reach exp2.
+        new_max = tl.maximum(running_max, tl.max(logits, 1))
+        finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+        rescale = tl.exp2(running_max - finite_max)
+        probability = tl.exp2(logits - finite_max[:, None])
+        running_sum = running_sum * rescale + tl.sum(probability, 1)
+        b_value = tl.load(p_value + o_value[:, None] + o_d[None, :], keep[:, None], 0.0)  # [BLOCK, D]
+        accumulator = accumulator * rescale[:, None]
+        accumulator += tl.dot(probability.to(b_value.dtype), b_value, input_precision="ieee")
+        running_max = new_max
+    row_index = (group * G + o_g) * splits + split
+    tl.store(partial_output + row_index[:, None] * D + o_d[None, :], accumulator, (o_g < G)[:, None])
+    tl.store(partial_statistics + row_index * 2, running_max, o_g < G)
+    tl.store(partial_statistics + row_index * 2 + 1, running_sum, o_g < G)
+
+
+@triton.jit
+def combine_kernel(
+    partial_output, partial_statistics, output, output_strides, new_tokens, splits,
+    D: tl.constexpr, SPLITS: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Join one query head's splits, WIDTH of its D outputs a program; empty splits: max −inf, sum 0."""
+    part, query_head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    _after_previous_kernel(PDL)
+    o_s, o_d = tl.arange(0, SPLITS), part * WIDTH + tl.arange(0, WIDTH)
+    row_index = (row * tl.num_programs(1) + query_head) * splits + o_s
+    maximum = tl.load(partial_statistics + row_index * 2, o_s < splits, float("-inf"))
+    total = tl.load(partial_statistics + row_index * 2 + 1, o_s < splits, 0.0)
+    peak = tl.max(maximum, 0)
+    factor = tl.exp2(maximum - tl.where(peak == float("-inf"), 0.0, peak))
+    b_partial = tl.load(
+        partial_output + row_index[:, None] * D + o_d[None, :], (o_s < splits)[:, None], 0.0
+    )  # [SPLITS, WIDTH]
+    denominator = tl.sum(factor * total, 0)
+    result = tl.sum(b_partial * factor[:, None], 0) / tl.where(denominator > 0, denominator, 1.0)
+    p_output = output + row // new_tokens * output_strides[0] + query_head.to(tl.int64) * output_strides[1]
+    tl.store(p_output + row % new_tokens * output_strides[2] + o_d, result)

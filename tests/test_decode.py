@@ -1,0 +1,188 @@
+"""Decode against the float64 specification: each new token equals its row of the prefill."""
+
+import pytest
+import torch
+
+from dashbench.kernels.decode import DecodeCache, DecodeLaunch, DecodeStep, append, decode_attention
+from dashbench.kernels.reference import DashOptions, dash_attention, summarize
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def draw(batch, heads, kv_heads, capacity, dim, new_tokens=1, seed=0, contrast=3.0):
+    """Query of the last tokens, keys with one planted direction a chunk of 16, values, summary query."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    topics = contrast * normal(batch, kv_heads, -(-capacity // 16), dim)
+    key = topics.repeat_interleave(16, 2)[:, :, :capacity] + normal(batch, kv_heads, capacity, dim)
+    query = normal(batch, heads, new_tokens, dim)
+    tensors = query, key, normal(batch, kv_heads, capacity, dim), 0.3 * normal(kv_heads, dim)
+    return tuple(x.to(DEVICE) for x in tensors)
+
+
+def filled(key, value, bar, chunk, lengths, page_size=None, seed=0):
+    """A cache with the first `lengths[b]` tokens, written token ranges poisoned beyond; pages shuffled."""
+    batch, heads, capacity, dim = key.shape
+    size = page_size or capacity
+    pages = capacity // size
+    table = None
+    if page_size:
+        order = torch.randperm(batch * pages, generator=torch.Generator().manual_seed(seed))
+        table = order.reshape(batch, pages).int().to(key.device)
+    shape = (batch * pages, heads, size, dim)
+    cache = DecodeCache(
+        key.new_full(shape, float("nan")),
+        key.new_full(shape, float("nan")),
+        key.new_full((batch * pages, heads, size // chunk, dim), float("nan")),
+        torch.tensor(lengths, dtype=torch.int32, device=key.device),
+        table,
+    )
+    for b, length in enumerate(lengths):
+        done = summarize(key[b : b + 1, :, :length].double(), bar.double(), chunk)[0].to(key.dtype)
+        for page in range(pages):
+            target = page if batch == 1 and table is None else (b if table is None else int(table[b, page]))
+            tokens = slice(page * size, min(length, (page + 1) * size))
+            count = max(0, tokens.stop - tokens.start)
+            if count:
+                cache.key[target, :, :count] = key[b, :, tokens]
+                cache.value[target, :, :count] = value[b, :, tokens]
+            part = done[:, page * size // chunk : (page + 1) * size // chunk]
+            cache.summaries[target, :, : part.shape[1]] = part
+    return cache
+
+
+def expected(query, key, value, bar, lengths, options):
+    out, counts = [], []
+    for b, length in enumerate(lengths):
+        result, routing = dash_attention(
+            query[b : b + 1].double(), key[b : b + 1, :, :length].double(),
+            value[b : b + 1, :, :length].double(), bar.double(), options,
+        )  # fmt: skip
+        out.append(result[0])
+        counts.append(routing.active[0].sum(-1).T)
+    return torch.stack(out), torch.stack(counts)
+
+
+def compare(query, key, value, bar, lengths, options, page_size=None, splits=3):
+    cache = filled(key, value, bar, options.chunk_size, lengths, page_size)
+    output, space = decode_attention(query, cache, options, DecodeLaunch(splits=splits))
+    want, counts = expected(query, key, value, bar, lengths, options)
+    assert torch.equal(space.counts.cpu().long(), counts.cpu())
+    torch.testing.assert_close(output.double(), want, atol=2e-5, rtol=0)
+    assert int(space.route_tickets.abs().sum()) == 0
+    return counts
+
+
+@pytest.mark.parametrize("page_size", [None, 32])
+def test_each_sequence_has_its_own_length(page_size):
+    lengths = [1, 15, 16, 17, 32, 93]
+    counts = compare(
+        *draw(6, 4, 2, 96, 64), lengths, DashOptions(16, scaling_factor=2.0, bias_mode="none"), page_size
+    )
+    assert counts.min() == 1 and 1 < counts[-1].max() < 6  # routing really dropped chunks
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        DashOptions(16, bias_mode="raw"),
+        DashOptions(16, bias_mode="centered", sigma=1.0),
+        DashOptions(16, bias_mode="centered", sigma=1.0, forced="own_and_previous", visibility="completed"),
+        DashOptions(16, bias_mode="raw", alpha=1.25),
+        DashOptions(16, bias_mode="raw", alpha=2.0),
+        DashOptions(32, bias_mode="raw"),
+    ],
+    ids=str,
+)
+def test_options_match_the_specification(options):
+    compare(*draw(2, 4, 2, 128, 64, seed=1), [112, 97], options)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(2, 2, 64), (16, 1, 128), (8, 1, 64)])
+def test_groups_and_head_dims(heads, kv_heads, dim):
+    compare(*draw(1, heads, kv_heads, 64, dim, seed=2), [61], DashOptions(16, bias_mode="none"))
+
+
+def test_several_new_tokens_across_a_chunk_border():
+    compare(*draw(2, 4, 2, 96, 64, new_tokens=3, seed=3), [65, 90], DashOptions(16, bias_mode="raw"))
+
+
+def test_flat_logits_activate_every_chunk():
+    query, key, value, bar = draw(1, 4, 2, 96, 64)
+    counts = compare(query * 0, key, value, bar, [90], DashOptions(16, bias_mode="none"))
+    assert (counts == 6).all()
+
+
+def test_more_chunks_than_a_route_tile(monkeypatch):
+    monkeypatch.setattr("dashbench.kernels.decode.ROUTE_TILE", 4)
+    compare(*draw(1, 4, 2, 240, 64, seed=4), [230], DashOptions(16, bias_mode="centered", sigma=1.0))
+
+
+@pytest.mark.parametrize("page_size", [None, 32])
+@pytest.mark.parametrize("new_tokens", [1, 3, 20])
+def test_append_writes_tokens_and_the_summaries_they_complete(page_size, new_tokens):
+    _, key, value, bar = draw(3, 4, 2, 64, 64, seed=5)
+    lengths = [0, 15, 30]
+    cache = filled(key, value, bar, 16, lengths, page_size)
+    fresh_key = torch.stack([key[b, :, n : n + new_tokens] for b, n in enumerate(lengths)])
+    fresh_value = torch.stack([value[b, :, n : n + new_tokens] for b, n in enumerate(lengths)])
+    tickets = torch.zeros(3, dtype=torch.int32, device=DEVICE)
+    append(cache, fresh_key, fresh_value, bar, 16, tickets)
+    longer = [n + new_tokens for n in lengths]
+    want = filled(key, value, bar, 16, longer, page_size)
+    assert cache.lengths.tolist() == longer and tickets.tolist() == [0, 0, 0]
+    for name in ("key", "value", "summaries"):
+        torch.testing.assert_close(
+            getattr(cache, name), getattr(want, name), equal_nan=True, atol=1e-5, rtol=0
+        )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dim": 32}, "head dim must be"),
+        ({"heads": 3}, "no multiple of 2"),
+        ({"capacity": 40}, "no multiple of the chunk"),
+    ],
+)
+def test_unsupported_shapes_are_named(change, message):
+    shape = {"batch": 1, "heads": 4, "kv_heads": 2, "capacity": 48, "dim": 64} | change
+    query, key, value, _ = draw(**shape)
+    cache = DecodeCache(key, value, key[:, :, :3], torch.ones(1, dtype=torch.int32, device=DEVICE))
+    with pytest.raises(ValueError, match=message):
+        DecodeStep(query, cache, DashOptions(16))
+
+
+def assert_low_precision_matches(dtype, batch, heads, kv_heads, capacity, dim, lengths, chunk):
+    """Routing is judged outside a margin, attention over the chunks that the kernel chose."""
+    tensors = draw(batch, heads, kv_heads, capacity, dim, seed=6)
+    query, key, value, bar = (x.to(dtype) for x in tensors)
+    options = DashOptions(chunk, bias_mode="none")
+    cache = filled(key, value, bar, chunk, lengths)
+    output, space = decode_attention(query, cache, options)
+    for b, length in enumerate(lengths):
+        active = torch.zeros(1, kv_heads, 1, -(-length // chunk), dtype=torch.bool, device=DEVICE)
+        for r in range(kv_heads):
+            active[0, r, 0, space.lists[b, 0, r, : space.counts[b, 0, r]].long()] = True
+        one = slice(b, b + 1)
+        want, routing = dash_attention(
+            query[one].double(), key[one, :, :length].double(), value[one, :, :length].double(),
+            bar.double(), options, active=active,
+        )  # fmt: skip
+        assert (routing.margin[active != routing.active] < 2e-2).all()
+        torch.testing.assert_close(output[one].double(), want, atol=2e-2, rtol=0)
+        assert (output[one].double() - want).norm() < 5e-3 * want.norm()
+
+
+def test_half_precision_matches_within_its_rounding():
+    assert_low_precision_matches(torch.float16, 2, 4, 2, 96, 64, [90, 33], 16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("chunk", [16, 64, 128])
+def test_real_sizes_match_within_rounding(dtype, chunk):
+    assert_low_precision_matches(dtype, 2, 32, 2, 16384, 128, [16384, 8001], chunk)

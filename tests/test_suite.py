@@ -1,0 +1,145 @@
+# ruff: noqa: E501  (sentences are tested whole)
+"""Suites: what they expand to, and what a wrong one says."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dashbench.suite import SuiteError, json_schema, load_suite
+
+ROOT = Path(__file__).parent.parent
+SUITES = sorted((ROOT / "suites").glob("*.yaml"))
+BASE = {
+    "version": 1, "kind": "kernels", "name": "s", "methods": ["dense@math", "dash@reference"], "phase": "prefill",
+    "context": [1024, "2k"], "shape": "tiny", "sparsity": [{"S_flop": 0.5}, {"S_flop": 0.75}],
+}  # fmt: skip
+
+
+def write(folder, content):
+    path = folder / "s.yaml"
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content, sort_keys=False))
+    return path
+
+
+def points(folder, **changes):
+    return load_suite(write(folder, {**BASE, **changes})).points()
+
+
+def brief(found):
+    return [(p.method, p.context, p.sparsity_target) for p in found]
+
+
+def test_product_with_methods_innermost_and_dense_methods_once(tmp_path):
+    expected = [("dense@math", n) for n in (1024, 2048)]
+    found = brief(points(tmp_path))
+    assert found == [
+        ("dense@math", 1024, None), ("dash@reference", 1024, 0.5), ("dash@reference", 1024, 0.75),
+        ("dense@math", 2048, None), ("dash@reference", 2048, 0.5), ("dash@reference", 2048, 0.75),
+    ]  # fmt: skip
+    assert len(expected) == 2
+
+
+def test_knobs_span_axes_and_replace_targets(tmp_path):
+    found = points(
+        tmp_path, methods=[{"name": "dash@reference", "knobs": {"scaling_factor": [1.0, 2.0], "alpha": 1.5}}]
+    )
+    assert [(p.context, p.knobs) for p in found[:2]] == [
+        (1024, {"scaling_factor": 1.0, "alpha": 1.5}),
+        (1024, {"scaling_factor": 2.0, "alpha": 1.5}),
+    ]
+    assert all(p.sparsity_target is None for p in found)
+
+
+def test_zip_include_and_exclude(tmp_path):
+    zipped = points(tmp_path, methods="dense@math", batch=[1, 8], zip=[["context", "batch"]])
+    assert [(p.context, p.batch) for p in zipped] == [(1024, 1), (2048, 8)]
+    more = points(tmp_path, methods="dense@math", include=[{"context": 4096, "phase": ["decode", "prefill"]}])
+    assert [(p.phase, p.context) for p in more] == [
+        ("prefill", 1024), ("prefill", 2048), ("decode", 4096), ("prefill", 4096),
+    ]  # fmt: skip
+    same = points(tmp_path, methods="dense@math", include=[{"context": 1024}])
+    assert len(same) == 2, "a point that is there already is not doubled"
+    less = points(tmp_path, exclude=[{"context": ">1k", "method": "dash@reference"}, {"sparsity": 0.75}])
+    assert brief(less) == [
+        ("dense@math", 1024, None),
+        ("dash@reference", 1024, 0.5),
+        ("dense@math", 2048, None),
+    ]
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.permutations(list(BASE)))
+def test_order_of_keys_does_not_matter(tmp_path_factory, order):
+    folder = tmp_path_factory.mktemp("s")
+    first, second = load_suite(write(folder, BASE)), load_suite(write(folder, {k: BASE[k] for k in order}))
+    assert first.id == second.id
+    assert [p.key() for p in first.points()] == [p.key() for p in second.points()]
+
+
+GOOD = """version: 1
+kind: kernels
+name: s
+methods: [dense@math]
+phase: prefill
+context: [1k]
+shape: tiny
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (GOOD + "contxt: 3\n", "{f}:8: contxt: unknown key; did you mean 'context'?"),
+        (GOOD + "timing:\n  min_sample: 3\n", "{f}:9: timing.min_sample: unknown key; did you mean 'min_samples'?"),
+        (GOOD.replace("prefill", "prefil"), "{f}:5: phase.0: expected one of prefill, decode, train, got 'prefil'; did you mean 'prefill'?"),
+        (GOOD.replace("dense@math", "dense@maths"), "{f}:4: methods.0: unknown method 'dense@maths'; did you mean 'dense@math'?"),
+        (GOOD.replace("tiny", "minicpm-8b"), "{f}:7: shape.0: unknown shape 'minicpm-8b'; did you mean 'minicpm4-8b'?"),
+        (GOOD + "routing: topic\n", "{f}:8: routing.0: unknown routing 'topic'; did you mean 'topics'?"),
+        (GOOD + "routing: {name: topics, options: {segments: 3}}\n", "{f}:8: routing.0: routing topics has no option 'segments'; did you mean 'segment'?"),
+        (GOOD.replace("[1k]", "[1k, many]"), "{f}:6: context.1: input should be a valid integer, unable to parse string as an integer, got 'many'"),
+        (GOOD.replace("[1k]", "[0]"), "{f}:6: context.0: input should be greater than 0, got 0"),
+        (GOOD + "sparsity: {S_flop: 1.5}\n", "{f}:8: sparsity.0.S_flop: input should be less than 1, got 1.5"),
+        (GOOD.replace("version: 1\n", ""), "{f}:1: version: missing key"),
+        (GOOD.replace("version: 1", "version: 2"), "{f}:1: version: expected one of 1, got 2"),
+        (GOOD.replace("shape: tiny\n", ""), "{f}:1: the suite: missing key 'shape'"),
+        (GOOD + "context: 3\n", "{f}:8: key 'context' is given twice"),
+        (GOOD + "zip: [[context, batches]]\n", "{f}:1: the suite: zip: unknown axis 'batches'; did you mean 'batch'?"),
+        (GOOD + "batch: [1, 8]\nzip: [[context, batch]]\n", "{f}:1: the suite: zip: axes of one group need equal lengths, got {{'context': 1, 'batch': 2}}"),
+        (GOOD + "exclude: [{contex: 3}]\n", "{f}:1: the suite: exclude: unknown key 'contex'; did you mean 'context'?"),
+        (GOOD + "exclude: [{context: 1k}]\n", "{f}: no points are left after `exclude`"),
+        ("- 1\n", "{f}:1: a suite is a mapping of keys to values"),
+        ("a: [1\n", "{f}:2: not YAML: expected ',' or ']', but got '<stream end>'"),
+        (GOOD.replace("tiny", "{query_heads: 5, kv_heads: 2, head_dim: 64}"), "{f}:7: shape.0: query_heads 5 is not a multiple of kv_heads 2"),
+    ],
+)  # fmt: skip
+def test_a_wrong_suite_says_where_and_what_instead(tmp_path, text, message):
+    path = write(tmp_path, text)
+    with pytest.raises(SuiteError) as problem:
+        load_suite(path)
+    assert str(problem.value) == message.format(f=path)
+
+
+def test_a_missing_suite_names_its_neighbour():
+    with pytest.raises(
+        SuiteError, match=r"quickstat\.yaml: no such suite; did you mean 'quickstart\.yaml'\?"
+    ):
+        load_suite(ROOT / "suites" / "quickstat.yaml")
+
+
+@pytest.mark.parametrize("path", SUITES, ids=lambda p: p.stem)
+def test_committed_suites_are_valid_named_after_their_file_and_commented(path):
+    suite = load_suite(path)
+    assert suite.spec.name == path.stem and suite.points()
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        code = line.split("#")[0].strip()
+        above = path.read_text().splitlines()[number - 2].strip()
+        if code:
+            assert "#" in line or above.startswith(("#", "- {")), f"{path.name}:{number} has no comment"
+
+
+def test_the_exported_schema_is_current():
+    assert json.loads((ROOT / "suites" / "suite.schema.json").read_text()) == json_schema()
