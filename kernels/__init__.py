@@ -9,6 +9,7 @@ if __name__ != "dashbench.kernels":
 _HOME = {
     "dash_attention": "dash",
     "dash_options": "dash",
+    "DashCache": "cache",
     "summarize_chunks": "summarize",
     "route_chunks": "route",
     "block_sparse_attention": "attend",
