@@ -64,7 +64,8 @@ def test_running_again_does_nothing_new(store):
 @pytest.mark.parametrize(
     "words",
     [
-        ["list", "methods"], ["list", "suites"], ["list", "shapes"], ["list", "routings"], ["doctor"], ["schema"],
+        ["list", "methods"], ["list", "suites"], ["list", "shapes"], ["list", "routings"],
+        ["doctor"], ["schema"],
         ["validate", "suites/quickstart.yaml"], ["plan", "suites/quickstart.yaml"],
         ["run", "suites/quickstart.yaml", "--dry-run"],
     ],
