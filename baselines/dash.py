@@ -1,14 +1,14 @@
-"""DashAttention by our Triton and Gluon kernels (`dashbench.kernels.dash`): prefill, and training with all
+"""DashAttention by our Triton and Gluon kernels: prefill, decode with a cache, and training with all
 gradients.
 
 Paper: https://arxiv.org/abs/2605.18753. Parameters (`prepare`) as in `dash_reference`: scaling_factor (the
-knob; larger is sparser), alpha,
-sigma, bias_mode, forced, visibility, preset. Timed: summaries, routing and attention, from q, k, v as a
-model has them after RoPE.
+knob; larger is sparser), alpha, sigma, bias_mode, forced, visibility, preset. Timed in prefill and training:
+summaries, routing and attention, from q, k, v as a model has them after RoPE. Timed in decode: appending the
+new token to the cache (with the summary of a chunk that it completes) and the step; the cache's length is set
+back before every call, a launch that a model would not make.
 
-Debts to the paper: the prior's bias, which at its σ is below what bf16 can hold, is left out of the forward
-(its gradient is not);
-`bias_mode="raw"` and small σ are not offered. No decode yet.
+Debts to the paper: a bias that bf16 weights cannot hold (`centered` with sigma of 1e5 and more) is left out
+of the forward; its gradient is not.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ from dashbench.baselines.api import Operator, Problem, Unsupported
 from dashbench.baselines.attention_reference import small_enough_for_gradients
 from dashbench.baselines.dash_reference import expectation, options_for
 from dashbench.kernels.attend import block_sparse_attention, kernel_for
-from dashbench.kernels.dash import dash_attention
+from dashbench.kernels.dash import dash_attention, route_with
+from dashbench.kernels.decode import DecodeCache, DecodeStep, append
+from dashbench.kernels.reference import DashOptions
 from dashbench.kernels.reference import dash_attention as specified
-from dashbench.kernels.route import route_chunks
+from dashbench.kernels.route import Routes
 from dashbench.kernels.summarize import summarize_chunks
 
 NAMES = ("query", "key", "value", "summary_query")
@@ -33,13 +35,12 @@ NAMES = ("query", "key", "value", "summary_query")
 def prepare(
     problem: Problem, *, preset: str | None = None, deterministic: bool = False, **settings: Any
 ) -> Operator:
-    """DashAttention for one prefill or training problem; `settings` are fields of `DashOptions` but for the
-    chunk size."""
-    if problem.phase == "decode":
-        raise Unsupported("dash has no decode kernel yet")
+    """DashAttention for one problem; `settings` are fields of `DashOptions` but for the chunk size."""
     options = options_for(problem, preset, **settings)
     given = asdict(options)
     chunk = options.chunk_size
+    if problem.phase == "decode":
+        return _decode(problem, options, {"preset": preset, "options": given})
     try:
         with torch.no_grad():
             _, routes = dash_attention(*(getattr(problem, n) for n in NAMES), return_routing=True, **given)
@@ -51,11 +52,10 @@ def prepare(
         "tile": routes.tile,
         "kernel": kernel_for(problem.query, problem.key, routes),
     }
-    routing = {name: given[name] for name in ("scaling_factor", "alpha", "visibility", "forced")}
     summaries = summarize_chunks(problem.key, problem.summary_query, chunk)
 
-    def route():
-        return route_chunks(problem.query, summaries, chunk, **routing)
+    def route() -> Routes:
+        return route_with(problem.query, summaries, options)
 
     def selected(rows: torch.Tensor) -> torch.Tensor:
         rows = rows.to(problem.query.device)
@@ -110,4 +110,69 @@ def prepare(
         gradients=lambda: {n: grads[n] for n in NAMES[:3]},
         reference_gradients=exact_gradients if small_enough_for_gradients(problem) else None,
         **shared,
+    )
+
+
+def _decode(problem: Problem, options: DashOptions, notes: dict[str, Any]) -> Operator:
+    """One new token against a cache that holds all tokens before it, and its summaries."""
+    chunk, length = options.chunk_size, problem.key.shape[2]
+    batch, kv_heads, _, dim = problem.key.shape
+    chunks = -(-length // chunk)
+    shape = (batch, kv_heads, chunks * chunk, dim)
+    own = (length - 1) // chunk
+    cache = DecodeCache(
+        key=problem.key.new_zeros(shape),
+        value=problem.value.new_zeros(shape),
+        summaries=problem.key.new_zeros(batch, kv_heads, chunks, dim),
+        lengths=torch.full((batch,), length, dtype=torch.int32, device=problem.key.device),
+    )
+    cache.key[:, :, : length - 1] = problem.key[:, :, :-1]
+    cache.value[:, :, : length - 1] = problem.value[:, :, :-1]
+    cache.summaries[:, :, :own] = summarize_chunks(
+        problem.key[:, :, : own * chunk], problem.summary_query, chunk
+    )
+    new = (problem.key[:, :, -1:].contiguous(), problem.value[:, :, -1:].contiguous())
+    try:
+        step = DecodeStep(problem.query, cache, options)
+    except ValueError as refused:
+        raise Unsupported(str(refused)) from None
+    summary_query = problem.summary_query.contiguous()
+
+    def grow() -> None:
+        cache.lengths.fill_(length - 1)
+        append(cache, *new, summary_query, chunk, step.workspace.append_tickets)
+
+    def run() -> torch.Tensor:
+        grow()
+        return step.run()
+
+    run()  # the stages below start from a finished step
+
+    def selected(rows: torch.Tensor) -> torch.Tensor:
+        space = step.workspace
+        counts = space.counts[:, 0].long()  # [B, Hkv]
+        place = torch.arange(space.lists.shape[-1], device=counts.device)
+        inside = place < counts[..., None]
+        chosen = torch.zeros(batch, kv_heads, chunks + 1, dtype=torch.bool, device=counts.device)
+        listed = torch.where(inside, space.lists[:, 0].long(), chunks)
+        chosen.scatter_(2, listed, True)
+        return chosen[:, :, None, :chunks].expand(-1, -1, len(rows), -1)
+
+    def kept() -> torch.Tensor:
+        counts = step.workspace.counts[:, 0].long()
+        return ((counts - 1) * chunk + (length - 1) % chunk + 1)[..., None]
+
+    return Operator(
+        run=run,
+        reference=expectation(problem, options, rounded=True),
+        selected=selected,
+        kept=kept,
+        stages={
+            "append": grow,
+            "scores": step.scores,
+            "route": step.route,
+            "attend": step.attend,
+            "combine": step.combine,
+        },
+        notes={**notes, "splits": step.workspace.splits},
     )

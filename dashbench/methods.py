@@ -114,8 +114,8 @@ BUILT_IN: tuple[Method, ...] = (
     Method(
         "dash",
         "dashbench.baselines.dash:prepare",
-        "DashAttention by our kernels: prefill and training",
-        phases=("prefill", "train"),
+        "DashAttention by our kernels: prefill, decode with a cache, training",
+        phases=("prefill", "decode", "train"),
         knob="scaling_factor",
         knob_kind="bisect",
         min_capability=(8, 0),

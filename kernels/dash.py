@@ -30,7 +30,7 @@ class _DashAttention(torch.autograd.Function):
         ctx, query, key, value, summary_query, options: DashOptions, deterministic: bool, left_padding
     ):
         summaries = summarize_chunks(key, summary_query, options.chunk_size, left_padding)
-        routes = _route(query, summaries, options, left_padding, save=True)
+        routes = route_with(query, summaries, options, left_padding, save=True)
         out, lse = block_sparse_attention(query, key, value, routes, left_padding=left_padding)
         ctx.save_for_backward(
             query, key, value, summary_query, out, lse, summaries, routes.tau, routes.mask, left_padding
@@ -73,7 +73,14 @@ class _DashAttention(torch.autograd.Function):
         return *grads[:3], grad_summary.to(summary_query.dtype), None, None, None
 
 
-def _route(query, summaries, options: DashOptions, left_padding, save: bool) -> Routes:
+def route_with(
+    query: torch.Tensor,
+    summaries: torch.Tensor,
+    options: DashOptions,
+    left_padding: torch.Tensor | None = None,
+    save: bool = False,
+) -> Routes:
+    """`route.route_chunks` with the options of DashAttention; a bias that bf16 cannot hold is left out."""
     negligible = options.bias_mode == "centered" and options.sigma >= NEGLIGIBLE_BIAS_SIGMA
     return route_chunks(
         query,
@@ -155,7 +162,9 @@ def dash_attention(
         )
     else:
         summaries = summarize_chunks(key, summary_query, chosen.chunk_size, left_padding)
-        routes = _route(query, summaries, chosen, left_padding, save=return_active_blocks or return_routing)
+        routes = route_with(
+            query, summaries, chosen, left_padding, save=return_active_blocks or return_routing
+        )
         out, _ = block_sparse_attention(query, key, value, routes, left_padding=left_padding)
         active = routes.active_blocks
     out = out.transpose(1, 2) if layout == "bnhd" else out
