@@ -46,12 +46,12 @@ def _online_softmax_step(scores, values, chosen, peak, total, accumulator):
 
 @triton.jit(do_not_specialize=["tokens", "tiles", "capacity"])
 def _attend_kernel(
-    query, key, value, out, lse, entries, counts, padding,
+    query, key, value, out, lse, entries, counts, bias, padding,
     query_stride_b, query_stride_h, query_stride_n, key_stride_b, key_stride_h, key_stride_n,
     value_stride_b, value_stride_h, value_stride_n, out_stride_b, out_stride_h, out_stride_n,
     tokens, tiles, capacity, kv_heads, scale_log2,
     GROUP: tl.constexpr, HEADS: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, HEAD_DIM: tl.constexpr,
-    PADDED: tl.constexpr,
+    PADDED: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     """One program a tile and KV head; late tiles, which have the longest lists, first."""
     index = tl.program_id(0) % (tl.num_programs(0) // tiles)
@@ -97,7 +97,8 @@ def _attend_kernel(
     accumulator = tl.zeros([TILE * HEADS, HEAD_DIM], tl.float32)
     peak, total, accumulator = _online_softmax_step(scores, v, real, peak, total, accumulator)
 
-    base = entries + index.to(tl.int64) * capacity + tile_list_start(tile, CHUNK // TILE)
+    start = index.to(tl.int64) * capacity + tile_list_start(tile, CHUNK // TILE)
+    base = entries + start
     count = tl.load(counts + index.to(tl.int64) * tiles + tile)
     for j in range(0, count):
         entry = tl.load(base + j)
@@ -107,6 +108,9 @@ def _attend_kernel(
         scores = tl.dot(q, tl.trans(k)) * scale_log2
         if PADDED:
             scores = tl.where((token >= first_token)[None, :], scores, float("-inf"))
+        if BIAS:
+            row_bias = tl.load(bias + (start + j) * TILE + query_in_tile)
+            scores += row_bias[:, None] * 1.4426950408889634
         chosen = ((entry >> (16 + query_in_tile)) & 1) == 1
         peak, total, accumulator = _online_softmax_step(scores, v, chosen, peak, total, accumulator)
 
@@ -211,10 +215,12 @@ def block_sparse_attention(
     rows = tile * padded_heads
     _attend_kernel[(tiles * batch * kv_heads,)](
         query, key, value, out, lse, routes.entries, routes.counts,
+        routes.bias if routes.bias is not None else lse,
         left_padding if left_padding is not None else routes.counts,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
         tokens, tiles, list_capacity(tokens, chunk_size, tile), kv_heads, dim**-0.5 * LOG2_E,
         GROUP=group, HEADS=padded_heads, TILE=tile, CHUNK=chunk_size, HEAD_DIM=dim,
-        PADDED=left_padding is not None, num_warps=8 if rows >= 128 else 4, num_stages=2,
+        PADDED=left_padding is not None, BIAS=routes.bias is not None,
+        num_warps=8 if rows >= 128 else 4, num_stages=2,
     )  # fmt: skip
     return out, lse

@@ -40,12 +40,13 @@ def supports(
     query: torch.Tensor, key: torch.Tensor, routes: Routes, left_padding: torch.Tensor | None
 ) -> bool:
     """Whether this kernel takes these inputs: Hopper, bf16 or fp16, D = 128, C = 64, G · T = 128, whole
-    chunks, no padding."""
+    chunks, no padding, no bias."""
     group = query.shape[1] // key.shape[1]
     return (
         query.is_cuda
         and torch.cuda.get_device_capability(query.device)[0] == 9
         and left_padding is None
+        and routes.bias is None
         and query.dtype in (torch.bfloat16, torch.float16)
         and query.shape[-1] == 128
         and routes.chunk_size == 64

@@ -2,8 +2,8 @@
 
 Source: DashAttention (arXiv 2605.18753); the specification is `reference`. The forward leaves the prior's
 bias out of the scores where it
-is below what bf16 weights can hold (`centered` with σ ≥ 1e5: |bias| < 1e-3); its gradient, which trains the
-routing, is always there.
+is below what bf16 weights can hold (`centered` with σ ≥ 1e5: |bias| < 1e-3), otherwise routing stores it
+beside the lists; its gradient, which trains the routing, is always there.
 """
 
 from __future__ import annotations
@@ -74,6 +74,7 @@ class _DashAttention(torch.autograd.Function):
 
 
 def _route(query, summaries, options: DashOptions, left_padding, save: bool) -> Routes:
+    negligible = options.bias_mode == "centered" and options.sigma >= NEGLIGIBLE_BIAS_SIGMA
     return route_chunks(
         query,
         summaries,
@@ -82,6 +83,8 @@ def _route(query, summaries, options: DashOptions, left_padding, save: bool) -> 
         alpha=options.alpha,
         visibility=options.visibility,
         forced=options.forced,
+        bias_mode="none" if negligible else options.bias_mode,
+        sigma=options.sigma,
         left_padding=left_padding,
         save=save,
     )
@@ -136,18 +139,11 @@ def dash_attention(
         tuple that begins with it.
 
     Raises:
-        ValueError: an unknown option, or one that the kernels do not cover: a bias that matters in the
-            forward (`raw`, or `centered`
-            with σ < 1e5).
+        ValueError: an unknown option.
     """
     chosen = dash_options(preset, **options)
     if layout not in ("bhnd", "bnhd"):
         raise ValueError(f"layout is bhnd or bnhd, got {layout!r}")
-    if chosen.bias_mode == "raw" or (chosen.bias_mode == "centered" and chosen.sigma < NEGLIGIBLE_BIAS_SIGMA):
-        raise ValueError(
-            "the kernels' forward adds no bias to the scores: bias_mode 'raw' and centered with sigma < 1e5 "
-            "run in dashbench.kernels.reference only"
-        )
     if layout == "bnhd":
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     active = routes = None

@@ -29,6 +29,12 @@ offsets have
 
 For other α the sums have other powers and every step is Newton's on the logarithms.
 
+With `compact` the first pass keeps, in place of the sums, a lower bound of τ: every block of scores adds the
+tangent of its part of f(τ) = Σ [x − τ]₊² at the bound known so far; f is convex, so the tangents' sum lies
+below it and its root below τ. A chunk above the bound of any row becomes a candidate of the tile (τ only
+rises as chunks are added, so no other chunk can be in a support), and the passes after the first read the
+candidates only. Until the list is written the candidates stand in its place.
+
 Letters: B batch, Hq query heads, Hkv KV heads, G = Hq / Hkv, N queries, D head dim, C chunk size, M chunks,
 T queries a tile, W = ceil(M / 32).
 """
@@ -52,30 +58,63 @@ SETTLED = 5e-5
 # The quadratic step is taken where Σ(x − τ)² is this close to one.
 NEAR = 0.5
 MAX_PASSES = 24
+# What fp32 sums may be off by when a lower bound of τ is derived from them.
+BOUND_MARGIN = tl.constexpr(1e-4)
 MAX_PASSES_GENERAL = 80
+# Stands behind a tile's last candidate; above every chunk number.
+NO_CHUNK = tl.constexpr(1 << 20)
 
 
 @triton.jit
 def _scores(
-    q, base, first, count, row_limit, column, dim, scale, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr
+    q, base, chunk, count, first_chunk, row_limit, dim, scale, HEAD_DIM: tl.constexpr, PADDED: tl.constexpr
 ):
-    """x of a block of chunks `[ROWS, BLOCK]`, −inf where a row may not see the chunk."""
-    chunk = first + column
+    """x of the chunks of a block `[ROWS, BLOCK]`, −inf where a row may not see the chunk."""
     summary = tl.load(
         base + chunk.to(tl.int64)[:, None] * HEAD_DIM + dim[None, :], mask=(chunk < count)[:, None], other=0.0
     )  # [BLOCK, D]
     x = tl.dot(q, tl.trans(summary)) * scale
-    return tl.where(chunk[None, :] < row_limit[:, None], x, float("-inf"))
+    seen = chunk[None, :] < row_limit[:, None]
+    if PADDED:
+        seen = seen & (chunk >= first_chunk)[None, :]
+    return tl.where(seen, x, float("-inf"))
 
 
-@triton.jit(do_not_specialize=["tokens", "chunks", "tiles", "capacity", "words", "start"])
+@triton.jit
+def _chunks(candidates, first, column, count, LISTED: tl.constexpr):
+    """Chunk numbers of a block: the candidates from `first` on, or simply the chunks from `first` on."""
+    if LISTED:
+        return tl.load(candidates + first + column, mask=first + column < count, other=NO_CHUNK)
+    return first + column
+
+
+@triton.jit
+def _either(a, b):
+    return a | b
+
+
+@triton.jit
+def _any_row(flags, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Column by column, whether any row's flag is set, `[BLOCK]` of 0 and 1.
+
+    32 columns at a time travel as the bits of one integer: a sixteenth of the exchanges between threads.
+    """
+    bit = tl.arange(0, 32)
+    words = tl.sum(tl.reshape(flags, [ROWS, BLOCK // 32, 32]) << bit[None, None, :], 2)
+    words = tl.reduce(words, 0, _either)
+    return tl.reshape((words[:, None] >> bit[None, :]) & 1, [BLOCK])
+
+
+@triton.jit(do_not_specialize=["tokens", "chunks", "known", "tiles", "capacity", "words"])
 def _route_kernel(
-    query, summaries, entries, counts, tau_out, mask_out, active_out, padding,
+    query, summaries, entries, counts, tau_out, mask_out, active_out, bias_out, padding,
     query_stride_b, query_stride_h, query_stride_n,
     tokens, chunks, known, tiles, capacity, words, kv_heads, scale, power, epsilon, settled, near, max_passes,
+    inverse_sigma,
     GROUP: tl.constexpr, HEADS: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK: tl.constexpr, ALPHA_1_5: tl.constexpr, COMPLETED: tl.constexpr, FORCE_PREVIOUS: tl.constexpr,
-    PADDED: tl.constexpr, SAVE: tl.constexpr,
+    PADDED: tl.constexpr, SAVE: tl.constexpr, COMPACT: tl.constexpr,
+    BIAS: tl.constexpr,
 ):  # fmt: skip
     """One program a tile and KV head; late tiles, which have most to do, first."""
     index = tl.program_id(0) % (tl.num_programs(0) // tiles)
@@ -109,28 +148,56 @@ def _route_kernel(
     last = tl.minimum(last, known)
     start = (first_chunk // BLOCK) * BLOCK
 
+    list_base = entries + index.to(tl.int64) * capacity + tile_list_start(tile, CHUNK // TILE)
+    candidates = 0
+    # τ's bound and the tangents' sum are kept relative to the row's maximum, and move with it: τ is in
+    # [−1, 0) there, whatever the size of x.
     peak = tl.full([ROWS], float("-inf"), tl.float32)
+    low = tl.full([ROWS], -1.0, tl.float32)
+    # The tangents' sum is sum_1 − sum_2 · τ with `compact`; else these are the two exponential sums.
     sum_1 = tl.zeros([ROWS], tl.float32)
     sum_2 = tl.zeros([ROWS], tl.float32)
     DECAY: tl.constexpr = 11.541560327111707  # 8 log2(e)
     for first in range(start, last, BLOCK):
-        x = _scores(q, base, first, last, row_limit, column, dim, scale, BLOCK, HEAD_DIM)
-        if PADDED:
-            x = tl.where((first + column >= first_chunk)[None, :], x, float("-inf"))
+        chunk = first + column
+        x = _scores(q, base, chunk, last, first_chunk, row_limit, dim, scale, HEAD_DIM, PADDED)
         new_peak = tl.maximum(peak, tl.max(x, 1))
-        shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        rescale = tl.where(peak == float("-inf"), 0.0, tl.exp2(DECAY * (peak - shift)))
-        decayed = tl.exp2(DECAY * (x - shift[:, None]))
-        sum_1 = sum_1 * rescale + tl.sum(decayed, 1)
-        sum_2 = sum_2 * rescale * rescale + tl.sum(decayed * decayed, 1)
+        if COMPACT:
+            moved = tl.where(peak == float("-inf"), 0.0, new_peak - peak)
+            # +inf for a row that sees nothing yet: x − ∞ is in no support.
+            shift = tl.where(new_peak == float("-inf"), float("inf"), new_peak)
+            low = tl.maximum(low - moved, -1.0)
+            if ALPHA_1_5:
+                sum_1 -= sum_2 * moved
+                gap = tl.maximum((x - shift[:, None]) - low[:, None], 0.0)
+                s1 = tl.sum(gap, 1)
+                sum_1 += tl.sum(gap * gap, 1) + 2.0 * s1 * low
+                sum_2 += 2.0 * s1
+                low = tl.maximum(low, tl.where(sum_2 > 0, (sum_1 - 1.0) / sum_2, -1.0) - BOUND_MARGIN)
+            listed = _any_row(((x - shift[:, None]) > low[:, None]).to(tl.int32), ROWS, BLOCK)
+            if FORCE_PREVIOUS:
+                listed = listed | (chunk == own - 1).to(tl.int32)
+            slot = candidates + tl.cumsum(listed, 0) - listed
+            tl.store(list_base + slot, chunk, mask=listed != 0)
+            candidates += tl.sum(listed, 0)
+        else:
+            shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+            rescale = tl.where(peak == float("-inf"), 0.0, tl.exp2(DECAY * (peak - shift)))
+            decayed = tl.exp2(DECAY * (x - shift[:, None]))
+            sum_1 = sum_1 * rescale + tl.sum(decayed, 1)
+            sum_2 = sum_2 * rescale * rescale + tl.sum(decayed * decayed, 1)
         peak = new_peak
+    begin, end = start, last
+    if COMPACT:
+        tl.debug_barrier()  # the candidates were written by other threads than will read them
+        begin, end = 0, candidates
     empty = peak == float("-inf")
     # From here on everything is relative to the row's maximum, where fp32 is finest: τ is in [−1, 0).
     peak = tl.where(empty, 0.0, peak)
+    tau = tl.where(empty, -1.0, tl.minimum(low, -1e-4))
     low = tl.full([ROWS], -1.0, tl.float32)
     high = tl.zeros([ROWS], tl.float32)
-    tau = low
-    if ALPHA_1_5:
+    if ALPHA_1_5 and not COMPACT:
         order = tl.log2(tl.where(empty, 1.0, sum_1) / tl.where(empty, 1.0, sum_2))
         order = tl.minimum(tl.maximum(order, 1e-3), 6.0)
         log_a = tl.log(tl.where(empty, 1.0, sum_1)) + order * 2.0794415416798357  # ln 8
@@ -144,10 +211,9 @@ def _route_kernel(
         count = tl.zeros([ROWS], tl.float32)
         s1 = tl.zeros([ROWS], tl.float32)
         s2 = tl.zeros([ROWS], tl.float32)
-        for first in range(start, last, BLOCK):
-            x = _scores(q, base, first, last, row_limit, column, dim, scale, BLOCK, HEAD_DIM)
-            if PADDED:
-                x = tl.where((first + column >= first_chunk)[None, :], x, float("-inf"))
+        for first in range(begin, end, BLOCK):
+            chunk = _chunks(list_base, first, column, end, COMPACT)
+            x = _scores(q, base, chunk, last, first_chunk, row_limit, dim, scale, HEAD_DIM, PADDED)
             gap = tl.maximum((x - peak[:, None]) - tau[:, None], 0.0)
             if ALPHA_1_5:
                 count += tl.sum((gap > 0).to(tl.float32), 1)
@@ -178,32 +244,46 @@ def _route_kernel(
     level = peak + tau
     level = tl.where(empty, float("inf"), level)
     query_in_tile = tl.arange(0, TILE)
-    list_base = entries + index.to(tl.int64) * capacity + tile_list_start(tile, CHUNK // TILE)
     found = 0
     active = tl.zeros([TILE], tl.int32)
+    log_sum = tl.zeros([TILE], tl.float32)
+    routed_chunks = tl.zeros([TILE], tl.float32)
+    bias_base = bias_out + (index.to(tl.int64) * capacity + tile_list_start(tile, CHUNK // TILE)) * TILE
     query_position = tile * TILE + query_in_tile
     mask_row = mask_out + (index.to(tl.int64) * tokens + query_position.to(tl.int64)) * words
     bit = tl.arange(0, 32)
-    for first in range(0 if SAVE else start, own, BLOCK):
-        x = _scores(q, base, first, last, row_limit, column, dim, scale, BLOCK, HEAD_DIM)
-        if PADDED:
-            x = tl.where((first + column >= first_chunk)[None, :], x, float("-inf"))
+    LISTED: tl.constexpr = COMPACT and not SAVE
+    if SAVE:  # the bit mask's words are written whole, so every chunk is looked at again
+        begin, end = 0, own
+    elif not COMPACT:
+        end = own
+    for first in range(begin, end, BLOCK):
+        # The list overwrites the candidates: no further than they have been read.
+        chunk = _chunks(list_base, first, column, end, LISTED)
+        x = _scores(q, base, chunk, last, first_chunk, row_limit, dim, scale, HEAD_DIM, PADDED)
         gap = tl.where(empty[:, None], 0.0, tl.maximum((x - peak[:, None]) - tau[:, None], 0.0))
         if ALPHA_1_5:
             weight = gap * gap
         else:
             weight = tl.where(gap > 0, tl.exp2(power * tl.log2(tl.maximum(gap, 1e-30))), 0.0)
         total = tl.sum(tl.reshape(weight, [TILE, HEADS, BLOCK]), 1)  # [T, BLOCK], G times w
-        chunk = first + column
         chosen = (total > epsilon) & (chunk < own)[None, :]
+        routed = chosen
         if FORCE_PREVIOUS:
             chosen = chosen | (chunk == own - 1)[None, :]
+            routed = routed & (chunk != own - 1)[None, :]
         chosen = (chosen & (query_position < tokens)[:, None]).to(tl.int32)
         active += tl.sum(chosen, 1)
         query_bits = tl.sum(chosen << query_in_tile[:, None], 0)
         listed = (query_bits != 0).to(tl.int32)
         slot = found + tl.cumsum(listed, 0) - listed
         tl.store(list_base + slot, chunk | (query_bits << 16), mask=listed != 0)
+        if BIAS != 0:
+            log_w = tl.where(routed, tl.log(tl.where(routed, total, GROUP) / GROUP), 0.0)  # [T, BLOCK]
+            log_sum += tl.sum(log_w, 1)
+            routed_chunks += tl.sum(routed.to(tl.float32), 1)
+            at = slot.to(tl.int64)[None, :] * TILE + query_in_tile[:, None]
+            tl.store(bias_base + at, log_w, mask=(listed != 0)[None, :])
         found += tl.sum(listed, 0)
         if SAVE:
             packed = tl.sum(tl.reshape(chosen, [TILE, BLOCK // 32, 32]) << bit[None, None, :], 2)
@@ -214,6 +294,18 @@ def _route_kernel(
                 mask=(query_position < tokens)[:, None] & (word < words)[None, :],
             )
     tl.store(counts + index.to(tl.int64) * tiles + tile, found)
+    if BIAS == 1:  # centred: the mean is known only now
+        tl.debug_barrier()
+        mean = log_sum / tl.maximum(routed_chunks, 1.0)
+        for first in range(0, found, BLOCK):
+            slot = first + column
+            chunk = tl.load(list_base + slot, mask=slot < found, other=0) & 0xFFFF
+            at = slot.to(tl.int64)[None, :] * TILE + query_in_tile[:, None]
+            log_w = tl.load(bias_base + at, mask=(slot < found)[None, :], other=0.0)
+            b = (log_w - mean[:, None]) * inverse_sigma
+            if FORCE_PREVIOUS:
+                b = tl.where((chunk == own - 1)[None, :], 0.0, b)
+            tl.store(bias_base + at, b, mask=(slot < found)[None, :])
     if SAVE:
         done = tl.cdiv(own, BLOCK) * (BLOCK // 32)
         for first in range(done, words, 32):  # words behind the own chunk hold nothing
@@ -245,6 +337,8 @@ class Routes:
         tau: `[B, Hq, N]` fp32: thresholds of x (+inf where nothing is visible), or None if not asked for.
         mask: `[B, Hkv, N, W]` int32: bit c % 32 of word c // 32, own chunk not included, or None.
         active_blocks: `[B, Hkv, N]` int32: attended chunks, own one included, or None.
+        bias: `[B, Hkv, capacity, T]` fp32: what an entry adds to the scores of each query of its tile
+            (natural logarithm; meaningless where the query's bit is not set), or None for nothing.
     """
 
     entries: torch.Tensor
@@ -254,6 +348,7 @@ class Routes:
     tau: torch.Tensor | None = None
     mask: torch.Tensor | None = None
     active_blocks: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
 
 
 def tile_size(group: int, chunk_size: int, rows: int = 128) -> int:
@@ -274,6 +369,9 @@ def route_chunks(
     left_padding: torch.Tensor | None = None,
     tile: int | None = None,
     save: bool = False,
+    bias_mode: str = "none",
+    sigma: float = 1.0,
+    compact: bool = False,
     launch: dict | None = None,
 ) -> Routes:
     """Routes every query of a causal sequence.
@@ -290,6 +388,11 @@ def route_chunks(
         left_padding: `[B]` int32, or None.
         tile: T; default: 128 rows.
         save: also return τ, the bit mask and active block counts (training and reports).
+        bias_mode: `centered` or `raw` also return the prior's bias, T times as large as the lists; `none`.
+        sigma: σ of `centered`.
+        compact: search the threshold among the candidates only, not among all chunks again; the result is
+            the same. Always off for `completed`, where the own chunk takes part in the threshold but has no
+            place in the list.
         launch: Triton launch options that replace the default ones (BLOCK chunks at a time,
             num_warps, num_stages, maxnreg).
 
@@ -318,19 +421,24 @@ def route_chunks(
         tau = torch.empty(batch, heads, tokens, dtype=torch.float32, device=device)
         mask = torch.empty(batch, kv_heads, tokens, words, dtype=torch.int32, device=device)
         active = torch.empty(batch, kv_heads, tokens, dtype=torch.int32, device=device)
+    bias = None
+    if bias_mode != "none":
+        bias = torch.empty(batch, kv_heads, capacity, tile, dtype=torch.float32, device=device)
     query = query if query.stride(-1) == 1 else query.contiguous()
     fast = alpha == 1.5
     rows = tile * padded_heads
     _route_kernel[(tiles * batch * kv_heads,)](
         query, summaries, entries, counts, tau if save else counts, mask if save else counts,
-        active if save else counts, left_padding if left_padding is not None else counts,
+        active if save else counts, bias if bias is not None else counts,
+        left_padding if left_padding is not None else counts,
         *query.stride()[:3],
         tokens, chunks, known, tiles, capacity, words, kv_heads,
         (alpha - 1.0) * scaling_factor * dim**-0.5, 1.0 / (alpha - 1.0), EPSILON * group, SETTLED, NEAR,
-        MAX_PASSES if fast else MAX_PASSES_GENERAL,
+        MAX_PASSES if fast else MAX_PASSES_GENERAL, 1.0 / sigma,
         GROUP=group, HEADS=padded_heads, TILE=tile, CHUNK=chunk_size, HEAD_DIM=dim,
         ALPHA_1_5=fast, COMPLETED=visibility == "completed", FORCE_PREVIOUS=forced == "own_and_previous",
         PADDED=left_padding is not None, SAVE=save,
+        BIAS=("none", "centered", "raw").index(bias_mode), COMPACT=compact and visibility == "own",
         **{"BLOCK": 64, "num_warps": 8 if rows >= 128 else 4, "num_stages": 2, **(launch or {})},
     )  # fmt: skip
-    return Routes(entries, counts, tile, chunk_size, tau, mask, active)
+    return Routes(entries, counts, tile, chunk_size, tau, mask, active, bias)

@@ -72,7 +72,8 @@ def test_running_again_does_nothing_new(store):
     ids=" ".join,
 )  # fmt: skip
 def test_verbs_answer_without_torch(words):
-    code = f"import atexit, sys; atexit.register(lambda: print('TORCH', 'torch' in sys.modules)); {RUN}"
+    after = "import atexit, sys; atexit.register(lambda: print('TORCH', 'torch' in sys.modules))"
+    code = f"{after}; {RUN}"
     done = dashbench(*words, code=code)
     assert (done.returncode == 0 and len(done.stdout) > 80) or words[0] == "validate", done.stderr
     assert done.stdout.rstrip().endswith("TORCH False")

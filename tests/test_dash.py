@@ -105,6 +105,31 @@ def test_routing_variants(visibility, forced, alpha):
     check_routes(q, k, s, DashOptions(16, 0.8, alpha, 1e6, "centered", forced, visibility), margin=1e-4)
 
 
+@pytest.mark.parametrize(("padding", "forced"), [(None, "own"), (37, "own_and_previous")])
+def test_lists_from_candidates_equal_lists_from_all_chunks(padding, forced):
+    """More chunks than a block holds, so bounds and candidates pass from block to block."""
+    chunk, chunks = 16, 66
+    n = chunk * chunks
+    q, k, _, s = planted(n, kv_heads=1, group=4, seed=5, strength=4.0)
+    pad = None if padding is None else torch.tensor([padding], dtype=torch.int32, device=DEVICE)
+    summaries = summarize_chunks(k, s, chunk, pad)
+    saved, found, plain = (
+        route_chunks(q, summaries, chunk, forced=forced, left_padding=pad, **more)
+        for more in ({"save": True, "compact": True}, {"compact": True}, {"compact": False})
+    )
+    mask = unpack(saved.mask, chunks)
+    assert 0.02 < float(mask.float().mean()) < 0.4
+    for routes in (saved, found, plain):
+        assert torch.equal(listed(routes, n), mask.cpu())
+    rows = torch.arange(n - 40, n, device=q.device)
+    first = None if pad is None else pad // chunk
+    options = DashOptions(chunk_size=chunk, forced=forced)
+    exact = route(q[:, :, rows].double(), summaries.double(), rows, chunks, options, first)
+    expected = exact.active & (torch.arange(chunks, device=q.device) < (rows // chunk)[:, None])
+    sure = exact.margin > 1e-5
+    assert bool((mask[:, :, rows] == expected)[sure].all())
+
+
 def test_flat_logits_route_everywhere():
     q, k, _, s = planted(130, kv_heads=1, group=4)
     mask = check_routes(q * 1e-3, k, s, DashOptions(chunk_size=16, scaling_factor=1.0))
@@ -161,6 +186,19 @@ def test_whole_operator(n, layout):
     assert_close_given_routing(out, q, k, v, s, options, routes)
 
 
+@pytest.mark.parametrize("forced", ["own", "own_and_previous"])
+@pytest.mark.parametrize(("mode", "sigma"), [("raw", 1e6), ("centered", 1.0), ("centered", 1e6)])
+def test_bias_reaches_the_scores(mode, sigma, forced):
+    q, k, v, s = planted(75, batch=2, seed=6)
+    options = DashOptions(16, 0.8, bias_mode=mode, sigma=sigma, forced=forced)
+    given = {"chunk_size": 16, "scaling_factor": 0.8, "bias_mode": mode, "sigma": sigma, "forced": forced}
+    out, routes = dash_attention(q, k, v, s, **given, return_routing=True)
+    assert_close_given_routing(out, q, k, v, s, options, routes)
+    unbiased = dash_attention(q, k, v, s, **{**given, "bias_mode": "none"})
+    differs = float((out.double() - unbiased.double()).norm() / out.double().norm())
+    assert differs > 3e-2 if sigma == 1.0 or mode == "raw" else differs < 1e-4
+
+
 @pytest.mark.parametrize("padding", [0, 1, 16, 19])
 def test_left_padding(padding):
     q, k, v, s = planted(70, seed=9)
@@ -172,21 +210,21 @@ def test_left_padding(padding):
 
 def test_options_that_are_not_covered_say_so():
     q, k, v, s = planted(20)
-    with pytest.raises(ValueError, match="raw"):
-        dash_attention(q, k, v, s, preset="package")
     with pytest.raises(ValueError, match="unknown option 'gamma'"):
         dash_attention(q, k, v, s, gamma=1.0)
     with pytest.raises(ValueError, match="unknown preset"):
         dash_attention(q, k, v, s, preset="papers")
 
 
-def test_gradients_flow_to_all_inputs():
+@pytest.mark.parametrize(("mode", "sigma"), [("centered", 1e6), ("centered", 1.0), ("raw", 1e6)])
+def test_gradients_flow_to_all_inputs(mode, sigma):
     q, k, v, s = (x.clone().requires_grad_() for x in planted(40, seed=4, strength=1.0))
-    out = dash_attention(q, k, v, s, chunk_size=16, scaling_factor=0.5)
+    options = DashOptions(16, 0.5, bias_mode=mode, sigma=sigma)
+    out = dash_attention(q, k, v, s, chunk_size=16, scaling_factor=0.5, bias_mode=mode, sigma=sigma)
     g = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
     out.backward(g)
     exact = [x.detach().double().requires_grad_() for x in (q, k, v, s)]
-    specified(*exact, DashOptions(chunk_size=16, scaling_factor=0.5))[0].backward(g.double())
+    specified(*exact, options)[0].backward(g.double())
     for x, e in zip((q, k, v), exact, strict=False):
         assert float((x.grad.double() - e.grad).norm() / e.grad.norm()) < 1e-2
     cosine = torch.nn.functional.cosine_similarity(s.grad.double().flatten(), exact[3].grad.flatten(), 0)
