@@ -11,7 +11,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import itertools
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -299,14 +298,14 @@ class Suite:
     Attributes:
         path: where it was read from.
         spec: the validated content.
-        id: `name@hash`; the hash covers the content, not comments or key order.
+        id: `name@hash`; the hash covers the content, not comments or the order of the suite's keys (but that
+            inside `exclude`, `knobs` and `options`).
     """
 
     def __init__(self, path: Path, spec: KernelSuite):
         self.path = path
         self.spec = spec
-        content = json.dumps(spec.model_dump(mode="json", exclude_none=True), sort_keys=True)
-        digest = hashlib.sha256(content.encode()).hexdigest()[:8]
+        digest = hashlib.sha256(spec.model_dump_json(exclude_none=True).encode()).hexdigest()[:8]
         self.id = f"{spec.name}@{digest}"
 
     def points(self) -> list[Point]:
