@@ -46,10 +46,20 @@ def _only(suite, only: str | None) -> list[str] | None:
         return None
     names = [name.strip() for name in only.split(",") if name.strip()]
     known = {point.method for point in suite.points()}
+    if not names:
+        _stop(f"--only: expected methods of the suite: {', '.join(sorted(known))}")
     for name in names:
         if name not in known:
             _stop(f"--only: the suite has no method {name!r}; it has {', '.join(sorted(known))}")
     return names
+
+
+def _need_interpreters(suite, names: list[str] | None) -> None:
+    import shutil
+
+    for method, python in suite.interpreters().items():
+        if (names is None or method in names) and shutil.which(python) is None:
+            _stop(f"{suite.path}: {method}: no Python interpreter at {python!r}")
 
 
 def _seconds(text: str | None) -> float | None:
@@ -74,6 +84,7 @@ def run(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")] = False,
 ) -> None:
     """Measure every point of SUITE that is not finished yet. Run it again to go on where it stopped."""
+    _seconds(time_budget)
     if dry_run:
         plan(suite, only)
         return
@@ -84,6 +95,7 @@ def run(
     loaded = _load(suite)
     folder = out or Path("out") / loaded.spec.name
     names, budget = _only(loaded, only), _seconds(time_budget)
+    _need_interpreters(loaded, names)
     with Progress(loaded.id) as progress:
         try:
             summary = run_suite(loaded, folder, names, budget, retry_failed, progress.event)
@@ -104,6 +116,7 @@ def plan(suite: SuitePath, only: Only = None) -> None:
 
     loaded = _load(suite)
     names = _only(loaded, only)
+    _need_interpreters(loaded, names)
     points = [p for p in loaded.points() if names is None or p.method in names]
     print_plan(
         loaded, judge(points, loaded.spec.timing, device_facts(), loaded.interpreters()), device_facts()

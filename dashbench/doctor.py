@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import platform
 from functools import cache
 from importlib import metadata
@@ -26,15 +27,27 @@ SHOWN = (
     "matplotlib",
 )
 
+CPU: dict[str, Any] = {"kind": "cpu", "device": "cpu", "capability": None, "memory_bytes": None}
+
 
 @cache
 def device_facts() -> dict[str, Any]:
-    """Facts of the first GPU from NVML, or of the CPU; the keys that `dashbench.plan` judges by."""
+    """Facts of the GPU that a worker would take, from NVML, or of the CPU; `dashbench.plan` judges by them.
+
+    Workers obey DASHBENCH_DEVICE and CUDA_VISIBLE_DEVICES, so this does too.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+    if os.environ.get("DASHBENCH_DEVICE") == "cpu" or visible in ("", "-1"):
+        return dict(CPU)
     try:
         import pynvml
 
         pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+        handle = (
+            pynvml.nvmlDeviceGetHandleByIndex(int(visible))
+            if visible.isdigit()
+            else pynvml.nvmlDeviceGetHandleByUUID(visible)
+        )
         name = pynvml.nvmlDeviceGetName(handle)
         driver = pynvml.nvmlSystemGetDriverVersion()
         return {
@@ -46,7 +59,7 @@ def device_facts() -> dict[str, Any]:
             "count": pynvml.nvmlDeviceGetCount(),
         }
     except Exception:  # no driver, no GPU, no permission: all mean that there is none for us
-        return {"kind": "cpu", "device": "cpu", "capability": None, "memory_bytes": None}
+        return dict(CPU)
 
 
 def version(package: str) -> str | None:

@@ -14,7 +14,7 @@ import itertools
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -24,13 +24,9 @@ from dashbench.routings import ROUTINGS
 from dashbench.rows import Point, Shape
 from dashbench.shapes import SHAPES, named
 from dashbench.timing_options import TimingOptions
+from dashbench.yaml_lines import At, SuiteError, check_keys, find
 
 SUITE_VERSION = 1
-
-
-class SuiteError(Exception):
-    """A suite that cannot be used; the message names file, line, key, what was expected, and the nearest
-    valid name."""
 
 
 def _listed(value: Any) -> Any:
@@ -57,14 +53,24 @@ def _shape(value: Any) -> Any:
         if value not in SHAPES:
             raise ValueError(f"unknown shape {value!r}{_nearest(value, SHAPES)}")
         return SHAPES[value][0]
-    if isinstance(value, dict) and set(value) == {"query_heads", "kv_heads", "head_dim"}:
-        return named(**value)
+    if isinstance(value, dict):
+        return named(**ShapeNumbers.model_validate(value).model_dump())
     return value
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"
+
+
+class ShapeNumbers(BaseModel):
+    """A shape by numbers."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    query_heads: int = Field(gt=0, description="query heads; a multiple of kv_heads")
+    kv_heads: int = Field(gt=0, description="heads of keys and values")
+    head_dim: int = Field(gt=0, description="elements of a head")
 
 
 class MethodEntry(BaseModel):
@@ -83,6 +89,9 @@ class MethodEntry(BaseModel):
     def _known(self) -> MethodEntry:
         if self.name not in registry():
             raise ValueError(f"unknown method {self.name!r}{_nearest(self.name, registry())}")
+        for knob, value in self.knobs.items():
+            if value == []:
+                raise At("expected at least one value, got []", "knobs", knob)
         return self
 
 
@@ -114,8 +123,40 @@ class Sparsity(BaseModel):
     tolerance: float = Field(default=0.01, gt=0, lt=1, description="how far off the measured value may be")
 
 
-Tokens = Annotated[int, BeforeValidator(_tokens), Field(gt=0)]
-Listed = BeforeValidator(_listed)
+def _axis(item: Any) -> Any:
+    """An axis: one item or a list of them."""
+    return Annotated[list[item], BeforeValidator(_listed, json_schema_input_type=item | list[item])]
+
+
+# What users may write is wider than what the models hold; the JSON Schema has to describe the former.
+Positive = Annotated[int, Field(gt=0, strict=True)]
+Tokens = Annotated[
+    Positive,
+    BeforeValidator(
+        _tokens, json_schema_input_type=Positive | Annotated[str, Field(pattern=r"^[0-9]+[kK]$")]
+    ),
+]
+MethodItem = Annotated[MethodEntry, BeforeValidator(_method, json_schema_input_type=str | MethodEntry)]
+RoutingItem = Annotated[
+    RoutingEntry,
+    BeforeValidator(_routing, json_schema_input_type=Literal[tuple(ROUTINGS)] | RoutingEntry),
+]
+ShapeItem = Annotated[
+    Shape, BeforeValidator(_shape, json_schema_input_type=Literal[tuple(SHAPES)] | ShapeNumbers)
+]
+ITEMS: dict[str, Any] = {
+    "phase": Literal["prefill", "decode", "train"],
+    "context": Tokens,
+    "batch": Positive,
+    "shape": ShapeItem,
+    "dtype": Literal["bfloat16", "float16", "float32"],
+    "sparsity": Sparsity,
+    "routing": RoutingItem,
+    "cache": Literal["cold", "warm"],
+    "launch": Literal["eager", "graph"],
+    "block_size": Positive,
+    "seed": Annotated[int, Field(strict=True)],
+}
 
 
 class Axes(BaseModel):
@@ -123,41 +164,41 @@ class Axes(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    methods: Annotated[list[Annotated[MethodEntry, BeforeValidator(_method)]], Listed] | None = Field(
-        default=None, description="what to measure", min_length=1
-    )
-    phase: Annotated[list[Literal["prefill", "decode", "train"]], Listed] | None = Field(
+    methods: _axis(MethodItem) | None = Field(default=None, description="what to measure")
+    phase: _axis(ITEMS["phase"]) | None = Field(
         default=None,
         description="prefill, decode (one token against a cache) or train (forward and backward)",
     )
-    context: Annotated[list[Tokens], Listed] | None = Field(
-        default=None, description="tokens; 16k means 16384"
-    )
-    batch: Annotated[list[Annotated[int, Field(gt=0)]], Listed] | None = Field(
-        default=None, description="sequences"
-    )
-    shape: Annotated[list[Annotated[Shape, BeforeValidator(_shape)]], Listed] | None = Field(
+    context: _axis(ITEMS["context"]) | None = Field(default=None, description="tokens; 16k means 16384")
+    batch: _axis(ITEMS["batch"]) | None = Field(default=None, description="sequences")
+    shape: _axis(ITEMS["shape"]) | None = Field(
         default=None, description="a preset, or {query_heads, kv_heads, head_dim}"
     )
-    dtype: Annotated[list[Literal["bfloat16", "float16", "float32"]], Listed] | None = Field(
-        default=None, description="of inputs and outputs"
-    )
-    sparsity: Annotated[list[Sparsity], Listed] | None = Field(
+    dtype: _axis(ITEMS["dtype"]) | None = Field(default=None, description="of inputs and outputs")
+    sparsity: _axis(ITEMS["sparsity"]) | None = Field(
         default=None, description="targets for sparse methods; dense methods are measured once"
     )
-    routing: Annotated[list[Annotated[RoutingEntry, BeforeValidator(_routing)]], Listed] | None = Field(
-        default=None, description="generator of the inputs"
-    )
-    cache: Annotated[list[Literal["cold", "warm"]], Listed] | None = Field(
+    routing: _axis(ITEMS["routing"]) | None = Field(default=None, description="generator of the inputs")
+    cache: _axis(ITEMS["cache"]) | None = Field(
         default=None, description="whether inputs can be in the L2 cache when the method starts"
     )
-    launch: Annotated[list[Literal["eager", "graph"]], Listed] | None = Field(
+    launch: _axis(ITEMS["launch"]) | None = Field(
         default=None, description="from Python each time, or replayed from a CUDA graph"
     )
-    block_size: Annotated[list[Annotated[int, Field(gt=0)]], Listed] | None = Field(
+    block_size: _axis(ITEMS["block_size"]) | None = Field(
         default=None, description="tokens in a chunk or block of keys"
     )
-    seed: Annotated[list[int], Listed] | None = Field(default=None, description="of the inputs")
+    seed: _axis(ITEMS["seed"]) | None = Field(default=None, description="of the inputs")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _not_empty(cls, content: Any) -> Any:
+        for name in cls.model_fields if isinstance(content, dict) else ():
+            if name in content and content[name] is None:
+                raise At("expected a value, got nothing", name)
+            if content.get(name) == [] and name in Axes.model_fields and name != "sparsity":
+                raise At("expected at least one value, got []", name)
+        return content
 
 
 AXES = tuple(name for name in Axes.model_fields if name != "methods")
@@ -171,8 +212,10 @@ DEFAULTS: dict[str, list[Any]] = {
     "block_size": [64],
     "seed": [0],
 }
-COMPARISON = re.compile(r"(<=|>=|<|>)\s*(\d+k?)", re.IGNORECASE)
-EXCLUDABLE = ("method", *(a for a in AXES))
+COMPARISON = re.compile(r"(<=|>=|<|>)\s*(\d+k|\d*\.?\d+)", re.IGNORECASE)
+EXCLUDABLE = ("method", *AXES)
+REQUIRED = ("methods", "phase", "context", "shape")
+NUMERIC = ("context", "batch", "sparsity", "block_size", "seed")
 
 
 class KernelSuite(Axes):
@@ -193,21 +236,60 @@ class KernelSuite(Axes):
 
     @model_validator(mode="after")
     def _consistent(self) -> KernelSuite:
-        for needed in ("methods", "phase", "context", "shape"):
+        for needed in REQUIRED:
             if getattr(self, needed) is None:
-                raise ValueError(f"missing key {needed!r}")
-        for group in self.zip:
-            for axis in group:
+                raise At("missing key", needed)
+        self._check_zip()
+        python: dict[str, str | None] = {}
+        for grid, where in ((self, ()), *((grid, ("include", n)) for n, grid in enumerate(self.include))):
+            for number, entry in enumerate(grid.methods or []):
+                if python.setdefault(entry.name, entry.python) != entry.python:
+                    message = f"{entry.name} has another `python` elsewhere in this suite"
+                    raise At(message, *where, "methods", number)
+        shapes = {shape.name for grid in (self, *self.include) for shape in grid.shape or []}
+        for number, entry in enumerate(self.exclude):
+            if not entry:
+                raise At("expected at least one key; an empty entry matches every point", "exclude", number)
+            for name, wanted in entry.items():
+                if name not in EXCLUDABLE:
+                    raise At(f"unknown key{_nearest(name, EXCLUDABLE)}", "exclude", number, name)
+                for option in _listed(wanted):
+                    if complaint := _unmatchable(name, option, shapes):
+                        raise At(complaint, "exclude", number, name)
+        return self
+
+    def _check_zip(self) -> None:
+        seen: set[str] = set()
+        for number, group in enumerate(self.zip):
+            for place, axis in enumerate(group):
                 if axis not in AXES:
-                    raise ValueError(f"zip: unknown axis {axis!r}{_nearest(axis, AXES)}")
+                    raise At(f"unknown axis {axis!r}{_nearest(axis, AXES)}", "zip", number, place)
+                if axis in seen:
+                    raise At(f"axis {axis!r} is zipped twice", "zip", number, place)
+                seen.add(axis)
             lengths = {axis: len(getattr(self, axis) or DEFAULTS[axis]) for axis in group}
             if len(set(lengths.values())) > 1:
-                raise ValueError(f"zip: axes of one group need equal lengths, got {lengths}")
-        for entry in self.exclude:
-            for name in entry:
-                if name not in EXCLUDABLE:
-                    raise ValueError(f"exclude: unknown key {name!r}{_nearest(name, EXCLUDABLE)}")
-        return self
+                raise At(f"axes of one group need equal lengths, got {lengths}", "zip", number)
+
+
+def _unmatchable(name: str, option: Any, shapes: set[str]) -> str | None:
+    """Why a value in `exclude` could never match a point, or None: a typo must not bring points back."""
+    if name in NUMERIC:
+        if isinstance(option, str) and COMPARISON.fullmatch(option.strip()):
+            return None
+        number = _tokens(option)
+        fine = number is None or isinstance(number, float) if name == "sparsity" else False
+        if fine or (isinstance(number, int) and not isinstance(number, bool)):
+            return None
+        return f"expected a number, or a comparison such as '>16k', got {option!r}"
+    known = {
+        "method": set(registry()),
+        "routing": set(ROUTINGS),
+        "shape": shapes | set(SHAPES),
+    }.get(name) or set(get_args(ITEMS[name]))
+    if isinstance(option, str) and option in known:
+        return None
+    return f"expected the name of a {name}, got {option!r}{_nearest(str(option), known)}"
 
 
 class Suite:
@@ -216,7 +298,8 @@ class Suite:
     Attributes:
         path: where it was read from.
         spec: the validated content.
-        id: `name@hash`; the hash covers the content, not comments or key order.
+        id: `name@hash`; the hash covers the content, not comments or the order of the suite's keys (but that
+            inside `exclude`, `knobs` and `options`).
     """
 
     def __init__(self, path: Path, spec: KernelSuite):
@@ -252,13 +335,13 @@ def _expand(axes: Axes, zips: list[list[str]]) -> Iterable[Point]:
     values = {
         axis: getattr(axes, axis) if getattr(axes, axis) is not None else DEFAULTS[axis] for axis in AXES
     }
-    targets = values.pop("sparsity")
-    groups = [g for g in zips if "sparsity" not in g]
-    zipped = {axis for group in groups for axis in group}
+    zipped = {axis for group in zips for axis in group}
+    # Targets vary innermost, with the methods; zipped ones advance with their group.
+    targets = values["sparsity"] if "sparsity" in zipped else values.pop("sparsity")
     dimensions: list[list[dict[str, Any]]] = []
     for axis in values:
         if axis in zipped:
-            group = next(g for g in groups if axis in g)
+            group = next(g for g in zips if axis in g)
             if axis == next(a for a in values if a in group):
                 dimensions.append(
                     [
@@ -271,12 +354,13 @@ def _expand(axes: Axes, zips: list[list[str]]) -> Iterable[Point]:
     for combination in itertools.product(*dimensions):
         setting: dict[str, Any] = {k: v for part in combination for k, v in part.items()}
         routing: RoutingEntry = setting.pop("routing")
+        here = [setting.pop("sparsity")] if "sparsity" in setting else targets
         for entry in axes.methods or []:
             method = registry()[entry.name]
             wanted: list[Sparsity | None] = [None]
-            if method.knob is not None and method.knob not in entry.knobs and targets:
-                wanted = list(targets)
-            spans = [[(k, v) for v in _listed(value)] for k, value in entry.knobs.items()]
+            if method.knob is not None and method.knob not in entry.knobs and here:
+                wanted = list(here)
+            spans = [[(k, v) for v in _listed(value)] for k, value in sorted(entry.knobs.items())]
             for chosen in itertools.product(*spans):
                 for target in wanted:
                     yield Point(
@@ -306,42 +390,9 @@ def _fits(value: Any, wanted: Any) -> bool:
     if isinstance(wanted, str) and (match := COMPARISON.fullmatch(wanted.strip())):
         if value is None:
             return False
-        limit = _tokens(match[2])
-        limit = float(limit)
+        limit = float(_tokens(match[2]))
         return {"<": value < limit, "<=": value <= limit, ">": value > limit, ">=": value >= limit}[match[1]]
     return value == _tokens(wanted)
-
-
-# Reading: pydantic says which key is wrong, the YAML nodes say on which line it is.
-
-
-def _check_duplicates(node: yaml.Node, path: Path) -> None:
-    if isinstance(node, yaml.MappingNode):
-        seen = set()
-        for key, value in node.value:
-            if key.value in seen:
-                raise SuiteError(f"{path}:{key.start_mark.line + 1}: key {key.value!r} is given twice")
-            seen.add(key.value)
-            _check_duplicates(value, path)
-    elif isinstance(node, yaml.SequenceNode):
-        for item in node.value:
-            _check_duplicates(item, path)
-
-
-def _line_of(node: yaml.Node | None, location: tuple[Any, ...]) -> int:
-    """1-based line of the deepest part of `location` that exists in the file."""
-    line = node.start_mark.line + 1 if node is not None else 1
-    for part in location:
-        if isinstance(node, yaml.MappingNode):
-            entry = next(((k, v) for k, v in node.value if k.value == str(part)), None)
-            if entry is None:
-                return line
-            line, node = entry[0].start_mark.line + 1, entry[1]
-        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
-            node = node.value[part]
-            line = node.start_mark.line + 1
-        # A scalar that stands for a list of one, or a union's name: stay where we are.
-    return line
 
 
 def _known_keys(location: tuple[Any, ...]) -> list[str]:
@@ -351,6 +402,7 @@ def _known_keys(location: tuple[Any, ...]) -> list[str]:
         "methods": MethodEntry,
         "routing": RoutingEntry,
         "sparsity": Sparsity,
+        "shape": ShapeNumbers,
         "include": Axes,
     }
     parents = [part for part in location[:-1] if isinstance(part, str) and part in models]
@@ -361,23 +413,40 @@ def _known_keys(location: tuple[Any, ...]) -> list[str]:
 
 def _explain(path: Path, node: yaml.Node | None, problem: ValidationError) -> str:
     first = problem.errors()[0]
-    location = tuple(part for part in first["loc"] if not (isinstance(part, str) and "[" in part))
-    line = _line_of(node, location)
-    key = ".".join(str(part) for part in location) or "the suite"
-    kind, message = first["type"], first["msg"].removeprefix("Value error, ")
+    cause = first.get("ctx", {}).get("error")
+    below = cause.location if isinstance(cause, At) else ()
+    location = (*(p for p in first["loc"] if not (isinstance(p, str) and "[" in p)), *below)
+    line, name = find(node, location)
+    kind, message, got = first["type"], first["msg"].removeprefix("Value error, "), first["input"]
     if kind == "extra_forbidden":
         message = f"unknown key{_nearest(str(location[-1]), _known_keys(location))}"
     elif kind == "missing":
         message = "missing key"
     elif kind == "literal_error":
         expected = first["ctx"]["expected"].replace(" or ", ", ").replace("'", "").split(", ")
-        message = f"expected one of {', '.join(expected)}, got {first['input']!r}"
-        close = difflib.get_close_matches(str(first["input"]), expected, n=1)
+        message = f"expected one of {', '.join(expected)}, got {got!r}"
+        close = difflib.get_close_matches(str(got), expected, n=1)
         message += f"; did you mean {close[0]!r}?" if close else ""
+    elif kind in ("int_type", "int_parsing", "int_from_float"):
+        example = ", such as 4096 or 4k" if "context" in location else ""
+        message = f"expected a whole number{example}, got {got!r}"
+    elif kind == "model_type":
+        example = EXAMPLES.get(first["ctx"]["class_name"], "")
+        message = f"expected a mapping{example}, got {got!r}"
     elif kind != "value_error":
-        message = f"{message[0].lower()}{message[1:]}, got {first['input']!r}"
+        message = f"{message[0].lower()}{message[1:]}, got {got!r}"
     more = problem.error_count() - 1
-    return f"{path}:{line}: {key}: {message}" + (f" (and {more} more problems)" if more else "")
+    rest = f" (and {more} more problem{'s' if more > 1 else ''})" if more else ""
+    return f"{path}:{line}: {name or 'the suite'}: {message}{rest}"
+
+
+EXAMPLES = {
+    "Sparsity": " such as {S_flop: 0.75}",
+    "MethodEntry": " such as {name: dash@reference}, or a name",
+    "RoutingEntry": " such as {name: topics}, or a name",
+    "Shape": " such as {query_heads: 32, kv_heads: 2, head_dim: 128}, or a preset",
+    "TimingOptions": " such as {max_seconds: 0.5}",
+}
 
 
 def load_suite(path: Path | str) -> Suite:
@@ -391,19 +460,21 @@ def load_suite(path: Path | str) -> Suite:
     """
     path = Path(path)
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         near = (
             _nearest(path.name, [p.name for p in path.parent.glob("*.yaml")]) if path.parent.is_dir() else ""
         )
         raise SuiteError(f"{path}: no such suite{near.replace('; known: ', '') and near}") from None
-    except (OSError, UnicodeDecodeError) as problem:
-        raise SuiteError(f"{path}: cannot be read: {problem}") from None
+    except OSError as problem:
+        raise SuiteError(f"{path}: cannot be read: {problem.strerror}") from None
+    except UnicodeDecodeError:
+        raise SuiteError(f"{path}: cannot be read: not UTF-8 text") from None
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         if not isinstance(node, yaml.MappingNode):
             raise SuiteError(f"{path}:1: a suite is a mapping of keys to values")
-        _check_duplicates(node, path)
+        check_keys(node, path)
         content = yaml.safe_load(text)
     except yaml.YAMLError as problem:
         mark = getattr(problem, "problem_mark", None)
@@ -420,5 +491,10 @@ def load_suite(path: Path | str) -> Suite:
 
 
 def json_schema() -> dict[str, Any]:
-    """JSON Schema of suite files, for editors."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **KernelSuite.model_json_schema()}
+    """JSON Schema of suite files, for editors. Method names stay open: they depend on what is installed."""
+    schema = KernelSuite.model_json_schema()
+    schema["required"] = [*schema["required"], *REQUIRED]
+    properties = schema["properties"]
+    properties["exclude"]["items"]["propertyNames"] = {"enum": list(EXCLUDABLE)}
+    properties["zip"]["items"]["items"]["enum"] = list(AXES)
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

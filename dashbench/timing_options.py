@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class TimingOptions(BaseModel):
     """The `timing` block of a suite."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     warmup_seconds: float = Field(
         default=0.05, ge=0, description="run untimed for this long (at least twice)"
@@ -30,3 +30,9 @@ class TimingOptions(BaseModel):
     checked_rows: int = Field(
         default=64, ge=1, description="query rows that the gate compares with the fp64 reference"
     )
+
+    @model_validator(mode="after")
+    def _ordered(self) -> TimingOptions:
+        if self.min_samples > self.max_samples:
+            raise ValueError(f"min_samples {self.min_samples} is more than max_samples {self.max_samples}")
+        return self

@@ -103,6 +103,12 @@ def test_status_and_export(store, tmp_path):
             ["run", "suites/quickstart.yaml", "--time-budget", "soon"],
             "--time-budget: expected a duration such as 90s",
         ),
+        (
+            ["run", "suites/quickstart.yaml", "--only", ","],
+            "--only: expected methods of the suite: dash@reference,",
+        ),
+        (["run", "suites/quickstart.yaml", "--dry-run", "--time-budget", "soon"], "--time-budget: expected"),
+        (["validate", "suites"], "suites: cannot be read: Is a directory"),
         (["list", "people"], "list: expected one of methods, suites, shapes, routings, got 'people'"),
         (["status", "nowhere"], "nowhere: no rows here"),
         (["export", "nowhere"], "export: give exactly one of --csv FILE and --parquet FILE"),
@@ -113,6 +119,18 @@ def test_bad_input_is_one_sentence_and_exit_code_two(words, sentence):
     done = dashbench(*words)
     assert done.returncode == 2
     assert sentence in done.stderr and len(done.stderr.splitlines()) == 1 and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("verb", ["run", "plan"])
+def test_a_missing_interpreter_is_bad_input(tmp_path, verb):
+    suite = tmp_path / "s.yaml"
+    suite.write_text(
+        "version: 1\nkind: kernels\nname: s\nmethods: [{name: dense@math, python: /no/python}]\n"
+        "phase: prefill\ncontext: 128\nshape: tiny\n"
+    )
+    done = dashbench(verb, suite)
+    assert done.returncode == 2 and not (ROOT / "out" / "s").exists()
+    assert done.stderr == f"dashbench: {suite}: dense@math: no Python interpreter at '/no/python'\n"
 
 
 def test_a_failed_point_makes_exit_code_one(store, tmp_path):
