@@ -195,6 +195,58 @@ def export(
     typer.echo(f"{csv or parquet}: {count} rows")
 
 
+Stores = Annotated[list[Path], typer.Argument(help="results files or folders", metavar="STORE...")]
+
+
+@app.command()
+def figures(
+    stores: Stores, out: Annotated[Path, typer.Option(help="folder for them", metavar="DIR")] = Path(".")
+) -> None:
+    """Draw STORE again: latency, and speedup over the best dense method, against context."""
+    from dashbench.readouts import write_figures
+    from dashbench.store import StoreError
+
+    try:
+        for path in write_figures(stores, out):
+            typer.echo(path)
+    except StoreError as problem:
+        _stop(str(problem))
+
+
+@app.command()
+def crossover(stores: Stores) -> None:
+    """Show from which context length on each sparse method beats the best dense one, with an interval."""
+    from dashbench.readouts import print_crossovers
+    from dashbench.store import StoreError
+
+    try:
+        print_crossovers(stores)
+    except StoreError as problem:
+        _stop(str(problem))
+
+
+@app.command()
+def compare(
+    before: Annotated[Path, typer.Argument(help="a results file or folder", metavar="A")],
+    after: Annotated[Path, typer.Argument(help="another", metavar="B")],
+    fail_on: Annotated[
+        str | None, typer.Option(help="`slower`: exit code 1 if any point is", metavar="slower")
+    ] = None,
+) -> None:
+    """Compare two stores point by point: FASTER, SLOWER, SAME or AMBIGUOUS, and why."""
+    from dashbench.readouts import print_comparison
+    from dashbench.store import StoreError
+
+    if fail_on not in (None, "slower"):
+        _stop(f"--fail-on: expected slower, got {fail_on!r}")
+    try:
+        counts = print_comparison(before, after)
+    except StoreError as problem:
+        _stop(str(problem))
+    if fail_on and counts["SLOWER"]:
+        raise typer.Exit(1)
+
+
 def main() -> None:
     """Entry point of the `dashbench` command: an unforeseen failure is one sentence, and the traceback goes
     to a file."""

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from dashbench.analysis.points import routing_name
+
 # One colour a family everywhere (Okabe-Ito, colour-blind safe); line style tells members of a family apart.
 FAMILY_COLOURS = {
     "dense": "#666666",
@@ -41,21 +43,30 @@ def series_label(method: str, target: float | None) -> str:
     return method if target is None else f"{method} {100 * target:g} %"
 
 
-def latency_panels(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, int], dict[str, Any]]:
+Panel = tuple[str, int, str]  # phase, batch, routing
+
+
+def _panel_order(panel: Panel) -> tuple[bool, Panel]:
+    return (panel[0] != "prefill", panel)
+
+
+def latency_panels(rows: Iterable[dict[str, Any]]) -> dict[Panel, dict[str, Any]]:
     """Groups finished rows into panels of latency against context.
 
     Args:
         rows: stored rows of any status.
 
     Returns:
-        `{(phase, batch): {"cache", "launch", "series": {(method, sparsity_target): [(context, ms, low,
-        high), …]}}}`, contexts ascending,
-        with one way of timing a panel (`TIMING_PREFERENCE`). Panels without a finished row are left out.
+        `{(phase, batch, routing): {"cache", "launch", "series": {(method, sparsity_target): [(context, ms,
+            low, high),
+            …]}}}`, contexts ascending, with one way of timing a panel (`TIMING_PREFERENCE`). Panels without
+            a finished row
+            are left out.
     """
     ok = [r for r in rows if r["status"] == "ok"]
-    panels: dict[tuple[str, int], dict[str, Any]] = {}
-    for phase, batch in sorted({(r["phase"], r["batch"]) for r in ok}, key=lambda p: (p[0] != "prefill", p)):
-        mine = [r for r in ok if (r["phase"], r["batch"]) == (phase, batch)]
+    panels: dict[Panel, dict[str, Any]] = {}
+    for panel in sorted({(r["phase"], r["batch"], routing_name(r)) for r in ok}, key=_panel_order):
+        mine = [r for r in ok if (r["phase"], r["batch"], routing_name(r)) == panel]
         cache, launch = next(
             c for c in TIMING_PREFERENCE if any((r["cache"], r["launch"]) == c for r in mine)
         )
@@ -64,7 +75,7 @@ def latency_panels(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, int], dict
             if (r["cache"], r["launch"]) == (cache, launch):
                 low, high = r["latency_ci_ms"] or (r["latency_ms"], r["latency_ms"])
                 series[r["method"], r["sparsity_target"]].append((r["context"], r["latency_ms"], low, high))
-        panels[phase, batch] = {
+        panels[panel] = {
             "cache": cache,
             "launch": launch,
             "series": {
@@ -72,6 +83,13 @@ def latency_panels(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, int], dict
             },
         }
     return panels
+
+
+def _panel_title(panel: Panel, cache: str, launch: str, routings: int) -> str:
+    phase, batch, routing = panel
+    way = "CUDA-graph replay" if launch == "graph" else "launched eagerly"
+    what = f"{phase}, batch {batch}" + (f", routing {routing}" if routings > 1 else "")
+    return f"{what} ({cache} cache, {way})"
 
 
 def _spread(values: Sequence[float], gap: float) -> list[float]:
@@ -235,11 +253,13 @@ def draw_latency(rows: Iterable[dict[str, Any]], path: Path, title: str = "") ->
     with matplotlib.rc_context(STYLE):
         figure, axes = _panel_axes(len(panels))
         palette = _Palette(key for panel in panels.values() for key in panel["series"])
-        for axis, ((phase, batch), panel) in zip(axes, panels.items(), strict=True):
+        routings = len({panel[2] for panel in panels})
+        for axis, (where, panel) in zip(axes, panels.items(), strict=True):
             _draw_lines(axis, palette, panel["series"])
             axis.set_ylabel("latency (ms, median and 95 % interval)")
-            way = "CUDA-graph replay" if panel["launch"] == "graph" else "launched eagerly"
-            axis.set_title(f"{phase}, batch {batch} ({panel['cache']} cache, {way})", fontsize=9, loc="left")
+            axis.set_title(
+                _panel_title(where, panel["cache"], panel["launch"], routings), fontsize=9, loc="left"
+            )
         _save(figure, path, title)
     return True
 
@@ -258,24 +278,27 @@ def draw_speedup(rows: Iterable[dict[str, Any]], path: Path, title: str = "") ->
     """
     from dashbench.analysis.speedup import speedups
 
-    panels: dict[tuple[str, int], dict[tuple[str, str], dict]] = defaultdict(lambda: defaultdict(dict))
+    panels: dict[Panel, dict[tuple[str, str], dict]] = defaultdict(lambda: defaultdict(dict))
     for line, points in speedups(rows).items():
         values = [(p.row["context"], p.ratio.value, p.ratio.low, p.ratio.high) for p in points]
-        panels[line.phase, line.batch][line.cache, line.launch][line.method, line.sparsity_target] = values
+        where = (line.phase, line.batch, line.routing)
+        panels[where][line.cache, line.launch][line.method, line.sparsity_target] = values
     if not panels:
         return False
     import matplotlib
 
     with matplotlib.rc_context(STYLE):
         figure, axes = _panel_axes(len(panels))
-        palette = _Palette(key for ways in panels.values() for series in ways.values() for key in series)
-        ordered = sorted(panels.items(), key=lambda item: (item[0][0] != "prefill", item[0]))
-        for axis, ((phase, batch), ways) in zip(axes, ordered, strict=True):
-            cache, launch = next(way for way in TIMING_PREFERENCE if way in ways)
+        palette = _Palette(
+            key for ways in panels.values() for series in ways.values() for key in sorted(series, key=str)
+        )
+        routings = len({panel[2] for panel in panels})
+        for axis, where in zip(axes, sorted(panels, key=_panel_order), strict=True):
+            cache, launch = next(way for way in TIMING_PREFERENCE if way in panels[where])
             axis.axhline(1.0, color="#999999", linewidth=1)
-            _draw_lines(axis, palette, ways[cache, launch])
+            series = panels[where][cache, launch]
+            _draw_lines(axis, palette, dict(sorted(series.items(), key=str)))
             axis.set_ylabel("speedup over best dense")
-            way = "CUDA-graph replay" if launch == "graph" else "launched eagerly"
-            axis.set_title(f"{phase}, batch {batch} ({cache} cache, {way})", fontsize=9, loc="left")
+            axis.set_title(_panel_title(where, cache, launch, routings), fontsize=9, loc="left")
         _save(figure, path, title)
     return True

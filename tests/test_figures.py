@@ -46,8 +46,8 @@ ROWS = [
 
 def test_panels_group_by_phase_and_batch_and_use_one_way_of_timing():
     panels = latency_panels(ROWS)
-    assert list(panels) == [("prefill", 1), ("decode", 8)]
-    prefill = panels["prefill", 1]
+    assert list(panels) == [("prefill", 1, "topics"), ("decode", 8, "topics")]
+    prefill = panels["prefill", 1, "topics"]
     assert (prefill["cache"], prefill["launch"]) == ("cold", "graph")
     assert [p[1] for p in prefill["series"]["fa3", None]] == [1.024, 4.096, 16.384], (
         "the warm row must not join the cold line"

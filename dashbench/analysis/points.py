@@ -59,9 +59,15 @@ def setting(row: dict[str, Any]) -> Setting:
     )
 
 
+def routing_name(row: dict[str, Any]) -> str:
+    """Routing with the options that differ from its defaults: `topics (segment 16)`."""
+    options = ", ".join(f"{k} {v}" for k, v in sorted(row.get("routing_options", {}).items()))
+    return f"{row['routing']} ({options})" if options else row["routing"]
+
+
 def line(row: dict[str, Any]) -> Line:
     """The line that a row is a point of."""
-    return Line(*setting(row)[:-1], row["method"], row["sparsity_target"], row["routing"])
+    return Line(*setting(row)[:-1], row["method"], row["sparsity_target"], routing_name(row))
 
 
 def is_dense(row: dict[str, Any]) -> bool:
