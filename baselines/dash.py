@@ -23,7 +23,7 @@ from dashbench.baselines.attention_reference import small_enough_for_gradients
 from dashbench.baselines.dash_reference import expectation, options_for
 from dashbench.kernels.attend import block_sparse_attention, kernel_for
 from dashbench.kernels.dash import dash_attention, route_with
-from dashbench.kernels.decode import DecodeCache, DecodeStep, append
+from dashbench.kernels.decode import DecodeCache, DecodeLaunch, DecodeStep, append
 from dashbench.kernels.reference import DashOptions
 from dashbench.kernels.reference import dash_attention as specified
 from dashbench.kernels.route import Routes
@@ -113,6 +113,14 @@ def prepare(
     )
 
 
+def _decode_launch(problem: Problem) -> DecodeLaunch:
+    """Measured best on an H200 at 16k to 128k (kernels/LOG.md, Decode); dependent launches need Hopper."""
+    if not problem.query.is_cuda:
+        return DecodeLaunch()
+    hopper = torch.cuda.get_device_capability(problem.query.device)[0] >= 9
+    return DecodeLaunch(score_tile=64, route_warps=8, overlap=hopper)
+
+
 def _decode(problem: Problem, options: DashOptions, notes: dict[str, Any]) -> Operator:
     """One new token against a cache that holds all tokens before it, and its summaries."""
     chunk, length = options.chunk_size, problem.key.shape[2]
@@ -133,7 +141,7 @@ def _decode(problem: Problem, options: DashOptions, notes: dict[str, Any]) -> Op
     )
     new = (problem.key[:, :, -1:].contiguous(), problem.value[:, :, -1:].contiguous())
     try:
-        step = DecodeStep(problem.query, cache, options)
+        step = DecodeStep(problem.query, cache, options, _decode_launch(problem))
     except ValueError as refused:
         raise Unsupported(str(refused)) from None
     summary_query = problem.summary_query.contiguous()
