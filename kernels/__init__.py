@@ -9,7 +9,9 @@ if __name__ != "dashbench.kernels":
 _HOME = {
     "dash_attention": "dash",
     "dash_options": "dash",
+    "DashAttention": "module",
     "DashCache": "cache",
+    "decode_attention": "decode",
     "summarize_chunks": "summarize",
     "route_chunks": "route",
     "block_sparse_attention": "attend",

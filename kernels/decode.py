@@ -146,7 +146,7 @@ class DecodeStep:
         kv_heads = cache.key.shape[1]
         _check(query, cache, options)
         self.query, self.cache, self.options, self.launch = query, cache, options, launch
-        self.chunks = cache.capacity // options.chunk_size
+        self.chunks = triton.cdiv(cache.capacity, options.chunk_size)
         self.group = query_heads // kv_heads
         if workspace is None:
             splits = launch.splits or _splits(batch * new_tokens * kv_heads, self.chunks, query.device)
@@ -306,7 +306,7 @@ def _check(query: torch.Tensor, cache: DecodeCache, options: DashOptions) -> Non
         raise ValueError(f"head dim must be 64 or 128, got {head_dim}: pad it")
     if size not in (16, 32, 64, 128):
         raise ValueError(f"chunk size must be 16, 32, 64 or 128, got {size}")
-    if cache.key.shape[2] % size:
+    if cache.page_table is not None and cache.key.shape[2] % size:
         raise ValueError(f"{cache.key.shape[2]} tokens a page are no multiple of the chunk size {size}")
     if not 1 < options.alpha <= 2:
         raise ValueError(f"alpha must be in (1, 2], got {options.alpha}")

@@ -151,7 +151,9 @@ def test_append_writes_tokens_and_the_summaries_they_complete(page_size, new_tok
 def test_unsupported_shapes_are_named(change, message):
     shape = {"batch": 1, "heads": 4, "kv_heads": 2, "capacity": 48, "dim": 64} | change
     query, key, value, _ = draw(**shape)
-    cache = DecodeCache(key, value, key[:, :, :3], torch.ones(1, dtype=torch.int32, device=DEVICE))
+    one = torch.ones(1, dtype=torch.int32, device=DEVICE)
+    # Only pages must hold whole chunks; a contiguous cache may end inside one.
+    cache = DecodeCache(key, value, key[:, :, :3], one, one[None] if "capacity" in change else None)
     with pytest.raises(ValueError, match=message):
         DecodeStep(query, cache, DashOptions(16))
 
