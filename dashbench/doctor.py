@@ -95,13 +95,13 @@ def print_doctor() -> None:
     if device["kind"] == "cuda":
         capability = ".".join(map(str, device["capability"]))
         memory = device["memory_bytes"] / 2**30
-        console.print(f"GPU      {device['device']}, {memory:.0f} GiB, compute capability {capability}")
-        console.print(f"driver   {device['driver']}")
+        console.print(f"GPU          {device['device']}, {memory:.0f} GiB, compute capability {capability}")
+        console.print(f"driver       {device['driver']}")
     else:
-        console.print("GPU      none found: methods that need one will be skipped")
-    console.print(f"python   {platform.python_version()} on {platform.system()} {platform.machine()}")
+        console.print("GPU          none found: methods that need one will be skipped")
+    console.print(f"python       {platform.python_version()} on {platform.system()} {platform.machine()}")
     for package in SHOWN:
-        console.print(f"{package:9}{version(package) or 'not installed'}")
+        console.print(f"{package:13}{version(package) or 'not installed'}")
     table = Table(header_style="bold", pad_edge=False)
     for column in ("method", "runs here", "to enable it"):
         table.add_column(column, no_wrap=column != "to enable it")

@@ -119,6 +119,7 @@ BUILT_IN: tuple[Method, ...] = (
         knob="scaling_factor",
         knob_kind="bisect",
         min_capability=(8, 0),
+        tested="torch 2.11 on an H200 (prefill), Triton's interpreter (decode, train)",
         family="dash",
     ),
     Method(
