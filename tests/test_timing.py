@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 
 from dashbench.baselines.api import Operator, Unsupported
 from dashbench.telemetry import Telemetry, throttled
-from dashbench.timing import Timer, median_half_width, peak_bytes, rotation, stop_reason, time_stages
+from dashbench.timing import (
+    Timer,
+    median_half_width,
+    median_ranks,
+    peak_bytes,
+    rotation,
+    stop_reason,
+    time_stages,
+)
 from dashbench.timing_options import TimingOptions
 
 OPTIONS = TimingOptions(min_samples=10, max_samples=1000, max_seconds=60, warmup_seconds=0.1, rounds=3)
@@ -158,17 +166,24 @@ def test_limits(count, seconds, expected):
     assert stop_reason(noisy, seconds, OPTIONS) == expected
 
 
+@pytest.mark.parametrize("n", [*range(6, 60), 100, 199, 200, 301, 500, 501, 900])
+def test_the_order_statistic_interval_has_its_coverage(n):
+    """P(low < number of samples under the median <= high) of a binomial(n, 1/2), ranks counted from zero."""
+    low, high = median_ranks(n)
+    assert 0 <= low < high < n
+    mass = sum(math.comb(n, k) for k in range(low + 1, high + 1)) / 2**n
+    assert mass >= 0.95
+    if n <= 500:
+        narrower = sum(math.comb(n, k) for k in range(low + 2, high)) / 2**n
+        assert narrower < 0.95, "no wider than it must be"
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.floats(0.1, 10), min_size=6, max_size=300))
-def test_the_order_statistic_interval_has_its_coverage(samples):
-    """The ranks it uses hold at least 95 % (minus one rank of rounding) of a binomial(n, 1/2)."""
-    n = len(samples)
-    reach = 0.98 * math.sqrt(n)
-    low, high = max(0, math.floor(n / 2 - reach)), min(n - 1, math.ceil(n / 2 + reach))
-    mass = sum(math.comb(n, k) for k in range(low + 1, high + 1)) / 2**n
-    assert mass >= 0.949
+def test_the_half_width_is_read_off_the_ordered_samples(samples):
     ordered = sorted(samples)
-    expected = (ordered[high] - ordered[low]) / 2 / ordered[n // 2]
+    low, high = median_ranks(len(samples))
+    expected = (ordered[high] - ordered[low]) / 2 / ordered[len(samples) // 2]
     assert median_half_width(samples) == pytest.approx(expected)
 
 
