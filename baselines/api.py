@@ -1,15 +1,13 @@
 """What a method is: the contract between dashbench and every attention it measures.
 
 A method is a function `prepare(problem, **knobs) -> Operator` in one file. The harness calls it in a worker
-process, outside any
-timed region; what `Operator.run` does is what gets timed. A method raises `Unsupported` for a problem it
-cannot do; the harness records
-that as `skipped: reason` and never puts another kernel in its place.
+process, outside any timed region; what `Operator.run` does is what gets timed. A method raises
+`Unsupported` for a problem it cannot do; the harness records that as `skipped: reason` and never puts
+another kernel in its place.
 
 Letters in shapes: B batch, Hq query heads, Hkv key/value heads, G = Hq / Hkv, N query positions, L key
-positions, D head dim,
-R checked query rows, M = ceil(L / block) blocks. Query head h reads key/value head h // G. All positions are
-zero-based.
+positions, D head dim, R checked query rows, M = ceil(L / block) blocks. Query head h reads key/value head h
+// G. All positions are zero-based.
 """
 
 from __future__ import annotations
@@ -33,8 +31,7 @@ class Problem:
 
     Attributes:
         phase: `prefill` (N = L, causal), `decode` (N = 1 new token at position L - 1 against a cache of L
-            tokens, the new one
-            included) or `train` (prefill forward and backward).
+            tokens, the new one included) or `train` (prefill forward and backward).
         query: `[B, Hq, N, D]`, after position embedding, in the working dtype.
         key, value: `[B, Hkv, L, D]`.
         summary_query: `[Hkv, D]`, DashAttention's learned query of the chunk summaries (zero: mean pooling).
@@ -68,9 +65,9 @@ class Expected:
     """What the fp64 reference says of some query rows.
 
     Attributes:
-        output: `[B, Hq, R, D]` fp64, computed over the *method's own* selection when one is given, so that a
-            borderline block that
-            falls on the other side of a threshold is judged by `selected`/`undecided` and not counted twice.
+        output: `[B, Hq, R, D]` fp64, computed over the *method's own* selection when one is given, so that
+            a borderline block that falls on the other side of a threshold is judged by
+            `selected`/`undecided` and not counted twice.
         selected: `[B, Hkv, R, M]` bool, the exact selection, or None for dense attention.
         undecided: same shape, True where the exact selection is a tie within rounding (either answer is
             right).
@@ -87,23 +84,19 @@ class Operator:
 
     Attributes:
         run: the whole operator, no arguments, returns the output `[B, Hq, N, D]`. For `train` it runs
-            forward and backward and leaves the
-            gradients for `gradients`. This is what is timed; it must not synchronise with the host unless
-            the method really does.
+            forward and backward and leaves the gradients for `gradients`. This is what is timed; it must
+            not synchronise with the host unless the method really does.
         reference: `reference(rows, selected) -> Expected`; `rows` is an int64 tensor `[R]` of query rows (0
-            <= row < N), `selected`
-            what `Operator.selected(rows)` gave (None for dense methods). Exact mathematics in fp64, memory
-            bounded by R.
+            <= row < N), `selected` what `Operator.selected(rows)` gave (None for dense methods). Exact
+            mathematics in fp64, memory bounded by R.
         stages: parts of the operator by their standard names (summarize, route, compress, select, attend,
-            combine, append, backward),
-            each callable alone with its inputs prepared, for the breakdown.
+            combine, append, backward), each callable alone with its inputs prepared, for the breakdown.
         selected: `selected(rows) -> [B, Hkv, R, M]` bool: blocks that the method attended; None if dense.
         kept: `kept() -> [B, Hkv, N]` int64: distinct causal key tokens each query attended; None if dense.
             Called once, untimed.
         tile_union: `tile_union(t) -> float`: mean size of the union of routes over t consecutive queries
-            over the mean size of one
-            route (tile inflation); None where it makes no sense. The harness derives it from `selected` if
-            this is None.
+            over the mean size of one route (tile inflation); None where it makes no sense. The harness
+            derives it from `selected` if this is None.
         gradients: for `train`: `gradients() -> {"query": ..., "key": ..., "value": ...}` of the last `run`.
         reference_gradients: for `train`: `reference_gradients() -> same keys`, fp64, of the same problem
             (small problems only) or None.

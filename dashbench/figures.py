@@ -58,10 +58,8 @@ def latency_panels(rows: Iterable[dict[str, Any]]) -> dict[Panel, dict[str, Any]
 
     Returns:
         `{(phase, batch, routing): {"cache", "launch", "series": {(method, sparsity_target): [(context, ms,
-            low, high),
-            …]}}}`, contexts ascending, with one way of timing a panel (`TIMING_PREFERENCE`). Panels without
-            a finished row
-            are left out.
+            low, high), …]}}}`, contexts ascending, with one way of timing a panel (`TIMING_PREFERENCE`).
+            Panels without a finished row are left out.
     """
     ok = [r for r in rows if r["status"] == "ok"]
     panels: dict[Panel, dict[str, Any]] = {}

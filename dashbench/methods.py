@@ -27,8 +27,7 @@ class Method:
         dtypes: dtypes it supports.
         knob: the parameter that sets sparsity, or None if the method is dense.
         knob_kind: how a target sparsity becomes a knob: `arithmetic` (tokens kept are a known function of
-            it) or `bisect`
-            (sparsity is an outcome, monotone in the knob).
+            it) or `bisect` (sparsity is an outcome, monotone in the knob).
         requires: distributions to import, `{module: pip requirement}`; missing ones make a skip with the
             command that enables it.
         min_capability: smallest CUDA compute capability, e.g. (9, 0).

@@ -2,10 +2,9 @@
 worker.
 
 Points that differ only in method and sparsity form a group. All of a group are prepared and gated, then
-sampled in turns (A B C A B C), so
-that drift of clocks and temperature hits all alike; each finished point is stored at once. Where a group
-does not fit into memory together,
-its members run one after the other and their rows say so.
+sampled in turns (A B C A B C), so that drift of clocks and temperature hits all alike; each finished point
+is stored at once. Where a group does not fit into memory together, its members run one after the other and
+their rows say so.
 """
 
 from __future__ import annotations

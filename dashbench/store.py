@@ -2,8 +2,8 @@
 disks and second writers.
 
 A store is one file. Rows of several environments may live in it; they carry their `environment_key` and are
-never mixed: what is finished is
-asked per environment, and the newest row of a (key, environment_key) counts.
+never mixed: what is finished is asked per environment, and the newest row of a (key, environment_key)
+counts.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """The suite file: YAML in, points out, and errors that say what to type instead.
 
 A suite of kind `kernels` is a grid of axes. Every axis takes one value or a list; the points are their
-product, less `exclude`, plus
-`include`, with the axes named in `zip` advancing together. Methods come innermost, so that methods of one
-shape are measured side by side.
+product, less `exclude`, plus `include`, with the axes named in `zip` advancing together. Methods come
+innermost, so that methods of one shape are measured side by side.
 """
 
 from __future__ import annotations

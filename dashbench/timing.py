@@ -73,10 +73,11 @@ def rotation(bytes_of_one: int, cache_bytes: int, cache: str, spare_bytes: int) 
 
 @cache
 def median_ranks(n: int) -> tuple[int, int]:
-    """Ranks, from zero, of the ordered samples between which the median lies with at least 95 % confidence, n ≥ 6.
+    """Ranks, from zero, of the ordered samples between which the median lies with at least 95 % confidence,
+    n ≥ 6.
 
-    The number of samples under the true median is binomial(n, 1/2). Exact up to 500 samples; beyond, the normal
-    approximation errs by less than a rank.
+    The number of samples under the true median is binomial(n, 1/2). Exact up to 500 samples; beyond, the
+    normal approximation errs by less than a rank.
     """
     if n > 500:
         reach = 0.98 * math.sqrt(n) + 1
@@ -91,8 +92,8 @@ def median_ranks(n: int) -> tuple[int, int]:
 
 
 def median_half_width(samples: Sequence[float]) -> float:
-    """Relative half-width of the 95 % order-statistic interval of the median; infinite below 6 samples, where no
-    pair of ranks covers 95 %."""
+    """Relative half-width of the 95 % order-statistic interval of the median; infinite below 6 samples,
+    where no pair of ranks covers 95 %."""
     n = len(samples)
     if n < 6:
         return math.inf

@@ -5,15 +5,13 @@ Commands, in the order a point needs them; every answer has `status`:
 
     hello                       -> ok + environment, environment_key
     ceilings                    -> ok + ceilings
-    prepare {point, timing, …}  -> ready | skipped | incorrect | oom | error: inputs, knobs, gate, sparsity,
-    memory, warm-up
+    prepare {point, timing, …}  -> ready | skipped | incorrect | oom | error (inputs, knobs, gate, warm-up)
     sample {key, seconds}       -> ok + samples, done
     finish {key}                -> ok | incorrect | …: `fields` of the row; re-check on fresh inputs
     release                     -> ok: all inputs and operators dropped
 
 The runner kills a worker that does not answer; nothing here has a time limit of its own. Points that share
-inputs are expected one after the
-other: the last inputs, knobs and gate results are kept.
+inputs are expected one after the other: the last inputs, knobs and gate results are kept.
 """
 
 from __future__ import annotations

@@ -2,15 +2,13 @@
 own chunk.
 
 This is the building block that DashAttention, NSA and InfLLMv2 share; how the lists came about is not its
-business. Online softmax as in
-FlashAttention (Dao et al. 2022, arXiv 2205.14135), in base 2. A tile's rows are T queries times the heads of
-one KV head, so one load of K and
-V serves them all; the bits of a list entry say which of the queries chose the chunk, and a query that did
-not gets weight zero.
+business. Online softmax as in FlashAttention (Dao et al. 2022, arXiv 2205.14135), in base 2. A tile's rows
+are T queries times the heads of one KV head, so one load of K and V serves them all; the bits of a list
+entry say which of the queries chose the chunk, and a query that did not gets weight zero.
 
 `block_sparse_attention` picks the kernel: on Hopper, where its shapes allow, the warp-specialised one of
-`attend_hopper`; else this one, which
-runs on any GPU and in Triton's interpreter. `notes` of what ran are the caller's to ask for (`kernel_for`).
+`attend_hopper`; else this one, which runs on any GPU and in Triton's interpreter. `notes` of what ran are
+the caller's to ask for (`kernel_for`).
 
 Letters: B batch, Hq query heads, Hkv KV heads, G = Hq / Hkv, N tokens, D head dim, C chunk size, T queries a
 tile.
@@ -133,9 +131,8 @@ def routes_of_mask(mask: torch.Tensor, chunk_size: int, group: int, tile: int | 
     """Lists for a given bit mask.
 
     Args:
-        mask: `[B, Hkv, N, W]` int32: bit c % 32 of word c // 32 says that the query attends chunk c; bits at
-            or behind the query's own
-            chunk are ignored.
+        mask: `[B, Hkv, N, W]` int32: bit c % 32 of word c // 32 says that the query attends chunk c; bits
+            at or behind the query's own chunk are ignored.
         chunk_size: C.
         group: G.
         tile: T; default: 128 rows.

@@ -1,13 +1,10 @@
 """Block-sparse attention for Hopper GPUs, in Gluon: the same function as `attend`, warp-specialised.
 
 One producer warp walks the tile's list and brings K and V chunks into a ring of shared memory with the bulk
-tensor copy engine. Two
-warpgroups consume them, each with half of the tile's queries (64 rows = 4 queries × 16 heads): Q stays in
-registers, QKᵀ of the next chunk
-is issued before PV of the last one, so the softmax runs while the tensor cores work, and the two warpgroups
-fill each other's
-gaps. They share nothing but the ring: a barrier over both would march them in step and cost the overlap
-(measured: LOG.md, attend 1).
+tensor copy engine. Two warpgroups consume them, each with half of the tile's queries (64 rows = 4 queries ×
+16 heads): Q stays in registers, QKᵀ of the next chunk is issued before PV of the last one, so the softmax
+runs while the tensor cores work, and the two warpgroups fill each other's gaps. They share nothing but the
+ring: a barrier over both would march them in step and cost the overlap (measured: LOG.md, attend 2).
 
 Letters: B batch, Hq query heads, Hkv KV heads, G = Hq / Hkv, N tokens, D head dim, C chunk size, T queries a
 tile.

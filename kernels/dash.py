@@ -1,9 +1,9 @@
 """DashAttention as one function: summarise, route, attend; differentiable.
 
 Source: DashAttention (arXiv 2605.18753); the specification is `reference`. The forward leaves the prior's
-bias out of the scores where it
-is below what bf16 weights can hold (`centered` with σ ≥ 1e5: |bias| < 1e-3), otherwise routing stores it
-beside the lists; its gradient, which trains the routing, is always there.
+bias out of the scores where it is below what bf16 weights can hold (`centered` with σ ≥ 1e5: |bias| <
+1e-3), otherwise routing stores it beside the lists; its gradient, which trains the routing, is always
+there.
 """
 
 from __future__ import annotations

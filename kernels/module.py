@@ -3,8 +3,7 @@
 Same constructor arguments and call as `dash_attn` in the package that accompanies DashAttention (arXiv
 2605.18753), so its users change one import.
 It keeps the chunk summaries of the sequence it has seen; keys and values stay with the caller, as a Hugging
-Face cache does. Unlike theirs, the
-summary cache grows without limit, and 128k tokens work.
+Face cache does. Unlike theirs, the summary cache grows without limit, and 128k tokens work.
 """
 
 from __future__ import annotations

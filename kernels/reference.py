@@ -1,10 +1,8 @@
 """DashAttention written down: the specification that every kernel here is tested against.
 
 Source: DashAttention (arXiv 2605.18753); entmax: Peters, Niculae, Martins 2019 (arXiv 1905.05702). Plain
-differentiable PyTorch, on any
-device and in any floating dtype (tests use float64). Nothing is fast and scores are materialised;
-`attention_rows` bounds memory by
-the rows it is asked for.
+differentiable PyTorch, on any device and in any floating dtype (tests use float64). Nothing is fast and
+scores are materialised; `dash_attention(rows=…)` bounds memory by the rows it is asked for.
 
     chunks      c covers keys [cC, (c+1)C);  query i sits in its own chunk ⌊i/C⌋
     summary     k̄_c = Σ_t a_t k_t,  a = softmax_{t∈c}(⟨q̄, k_t⟩ / √D)            q̄ = 0 is mean pooling
@@ -14,9 +12,8 @@ the rows it is asked for.
     bias        centered: (log w − mean_R log w) / σ;  raw: log w;  none: 0
     attention   o_h = softmax_t(⟨q_h, k_t⟩ / √D + bias_c(t)) v_t  over t ≤ i in R and the always-on chunks
 
-Letters: B batch, Hq query heads, Hkv KV heads, G = Hq / Hkv, N query rows, L keys, D head dim, C chunk size,
-M = ceil(L / C) chunks.
-Query row n sits at absolute position start + n.
+Letters: B batch, Hq query heads, Hkv KV heads, G = Hq / Hkv, N query rows, L keys, D head dim, C chunk
+size, M = ceil(L / C) chunks. Query row n sits at absolute position start + n.
 """
 
 from __future__ import annotations
@@ -46,8 +43,7 @@ class DashOptions:
         bias_mode: see the module's docstring.
         forced: always-on chunks.
         visibility: `own`: chunks before the own one can be routed to; `completed`: chunks whose last token
-            is at or before the query, so
-            the own chunk joins at its last token.
+            is at or before the query, so the own chunk joins at its last token.
     """
 
     chunk_size: int = 64
@@ -78,8 +74,7 @@ def entmax(logits: torch.Tensor, alpha: float = 1.5) -> torch.Tensor:
     """α-entmax over the last dimension, entries at −inf excluded; rows without any finite entry give zeros.
 
     α = 1.5 and 2 by the exact sort-based threshold, differentiable through autograd; others by bisection to
-    the precision of the dtype,
-    with the threshold's gradient restored by one Newton step.
+    the precision of the dtype, with the threshold's gradient restored by one Newton step.
 
     Args:
         logits: `[..., M]`.
@@ -208,8 +203,7 @@ class Routing:
         active: `[B, Hkv, N, M]` bool: R and the always-on chunks.
         bias: `[B, Hkv, N, M]`: added to the logits of a chunk's tokens; zero on always-on chunks.
         margin: `[B, Hkv, N, M]`: how far the nearest head's (α − 1)·logit is from its threshold; a chunk
-            whose margin is within rounding
-            may be routed or not.
+            whose margin is within rounding may be routed or not.
     """
 
     weights: torch.Tensor
@@ -288,8 +282,7 @@ def dash_attention(
         options: see `DashOptions`.
         start: absolute position of query row 0; default L − N (queries are the last rows).
         left_padding: `[B]` number of leading padding tokens; chunks keep their padded places, padding is
-            never attended, rows of
-            padding give zeros.
+            never attended, rows of padding give zeros.
         rows: `[R]` rows to compute; default all N.
         active: `[B, Hkv, R, M]` bool: attend these chunks instead of the routed and forced ones (biases stay
             those of routing).

@@ -6,22 +6,18 @@ x = (α − 1) γ ⟨q, k̄⟩ / √D, a chunk is in a head's support iff x > τ
 visible chunks.
 
 A tile is T consecutive queries times the heads of one KV head; T divides the chunk size, so a tile sees one
-set of earlier chunks. The
-summaries of one KV head fit into the L2 cache, so a pass that multiplies them again costs no more than
-reading stored scores would. Passes:
+set of earlier chunks. The summaries of one KV head fit into the L2 cache, so a pass that multiplies them
+again costs no more than reading stored scores would. Passes:
 
 1.  row maximum m, and the sums of exp(8 (x − m)) and exp(16 (x − m)), which rescale as the maximum grows.
 Were the
-    entries' distances to the maximum spread like A u^(p−1) / Γ(p), the two sums would give A and p and hence
-    τ: a start
-    that is off by a few hundredths, where max − 1 is off by a half;
+    entries' distances to the maximum spread like A u^(p−1) / Γ(p), the two sums would give A and p and
+    hence τ: a start that is off by a few hundredths, where max − 1 is off by a half;
 2.  count, Σ(x − τ), Σ(x − τ)² of the entries above the current τ. Far from the solution the next τ is
 Newton's on
     log Σ(x − τ)² against log(m − τ), which is nearly a straight line; near it, the root of the quadratic
-    that the active
-    entries alone define. All inside a bracket that every pass shrinks. Two or three passes as a rule, all
-    rows of the
-    tile together;
+    that the active entries alone define. All inside a bracket that every pass shrinks. Two or three passes
+    as a rule, all rows of the tile together;
 3.  the lists: chunk numbers in ascending order with one bit for each query of the tile, in storage whose
 offsets have
     a closed form (`backward_lists.tile_list_start`), so nothing is counted beforehand and nothing travels to

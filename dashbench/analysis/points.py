@@ -1,8 +1,7 @@
 """Which rows may be compared with each other.
 
 Two rows are comparable when they were measured in one environment and ask for the same operator on the same
-shape, timed the same way.
-Sparsity and method are what is compared, so they are not part of that.
+shape, timed the same way. Sparsity and method are what is compared, so they are not part of that.
 """
 
 from __future__ import annotations

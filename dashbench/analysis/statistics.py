@@ -31,11 +31,9 @@ def resampled_medians(
     """Draws of the median: a bootstrap of the samples, widened by what differs between slices.
 
     Samples of one slice share a clock and a temperature, so treating them as independent gives intervals
-    that are far too narrow (the same
-    kernel timed twice then "differs" most of the time). The standard error of the slice medians, with
-    Student's t for their small
-    number, is added to the draws; it contains part of the bootstrap's own spread, so the result errs on the
-    wide side.
+    that are far too narrow (the same kernel timed twice then "differs" most of the time). The standard
+    error of the slice medians, with Student's t for their small number, is added to the draws; it contains
+    part of the bootstrap's own spread, so the result errs on the wide side.
 
     Args:
         samples: at least one sample, slice after slice.
