@@ -89,8 +89,9 @@ def run(
         plan(suite, only)
         return
     from dashbench.progress import Progress
-    from dashbench.runner import WorkerFailed, run_suite
+    from dashbench.runner import WorkerFailed
     from dashbench.store import StoreError
+    from dashbench.suite import imported
 
     loaded = _load(suite)
     folder = out or Path("out") / loaded.spec.name
@@ -98,13 +99,12 @@ def run(
     _need_interpreters(loaded, names)
     with Progress(loaded.id) as progress:
         try:
-            summary = run_suite(loaded, folder, names, budget, retry_failed, progress.event)
+            run_kind = imported(loaded.spec.RUN)
+            summary = run_kind(loaded, folder, names, budget, retry_failed, progress.event)
         except (StoreError, WorkerFailed) as problem:
             progress.stop()
             _stop(str(problem))
-    from dashbench.ending import print_ending
-
-    raise typer.Exit(print_ending(loaded, summary))
+    raise typer.Exit(imported(loaded.spec.ENDING)(loaded, summary))
 
 
 @app.command()
@@ -112,15 +112,14 @@ def plan(suite: SuitePath, only: Only = None) -> None:
     """Show the whole grid of SUITE: how many points, how long they may take, what will be skipped and why."""
     from dashbench.doctor import device_facts
     from dashbench.ending import print_plan
-    from dashbench.plan import plan as judge
+    from dashbench.suite import imported
 
     loaded = _load(suite)
     names = _only(loaded, only)
     _need_interpreters(loaded, names)
     points = [p for p in loaded.points() if names is None or p.method in names]
-    print_plan(
-        loaded, judge(points, loaded.spec.timing, device_facts(), loaded.interpreters()), device_facts()
-    )
+    device = device_facts()
+    print_plan(loaded, imported(loaded.spec.PLAN)(loaded, points, device), device)
 
 
 @app.command()

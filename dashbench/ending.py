@@ -35,7 +35,8 @@ def print_plan(suite: Suite, planned: list[Planned], device: dict) -> None:
         table.add_column(column, justify="left" if column in ("method", "phase") else "right", no_wrap=True)
     groups: dict[tuple[str, str], list[Planned]] = {}
     for item in planned:
-        groups.setdefault((item.point.method, item.point.phase), []).append(item)
+        phase = getattr(item.point, "phase", suite.spec.kind)
+        groups.setdefault((item.point.method, phase), []).append(item)
     for (method, phase), items in groups.items():
         skipped = sum(i.skip is not None for i in items)
         seconds = sum(i.seconds for i in items)

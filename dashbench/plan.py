@@ -11,6 +11,7 @@ from typing import Any
 from dashbench.cost import estimate_ms
 from dashbench.methods import Method, registry
 from dashbench.rows import Point
+from dashbench.suite import Suite
 from dashbench.timing_options import TimingOptions
 
 # A method that materialises its scores may take this share of a GPU's memory for them.
@@ -95,6 +96,11 @@ class Planned:
     point: Point
     skip: str | None
     seconds: float
+
+
+def plan_suite(suite: Suite, points: list[Point], device: dict[str, Any] | None) -> list[Planned]:
+    """Judges points of a suite of kind `kernels`; see `plan`."""
+    return plan(points, suite.spec.timing, device, suite.interpreters())
 
 
 def plan(

@@ -86,41 +86,23 @@ class Check(BaseModel):
     detail: str = ""
 
 
-class Row(BaseModel):
-    """One finished point. A latency without a passed check, or a failed status without a reason, cannot be
-    built."""
+class BaseRow(BaseModel):
+    """What rows of every kind share. A failed status without a reason cannot be built."""
 
     model_config = ConfigDict(extra="forbid")
 
     row_version: int = ROW_VERSION
-    key: str = Field(description="Point.key() of the point")
-    kind: Literal["kernel"] = "kernel"
-    # what was asked
+    key: str = Field(description="key() of the point")
     method: str
-    phase: Phase
-    context: int
-    batch: int
-    shape: Shape
-    dtype: str
-    routing: str
-    routing_options: dict[str, Any] = Field(default_factory=dict)
-    cache: str
-    launch: str
     knob: dict[str, Any] = Field(default_factory=dict, description="parameters the method really ran with")
     sparsity_target: float | None = None
-    block_size: int = 64
     suite: str = Field(description="name and hash of the suite, name@hash")
     seed: int = 0
-    # what was found
     status: Status
     reason: str | None = None
     log_tail: str | None = Field(default=None, description="end of the worker's log when it failed")
     checked: Check | None = None
-    recheck: Check | None = Field(
-        default=None, description="the gate once more, after timing, on fresh inputs"
-    )
-    # sparsity, definitions in dashbench.sparsity; None for dense methods means 0 by construction and is
-    # stored as 0.0
+    # sparsity, definitions in dashbench.sparsity; dense methods are 0 by construction
     s_flop: float | None = None
     s_mean: float | None = None
     s_up: float | None = None
@@ -130,6 +112,41 @@ class Row(BaseModel):
     )
     s_spread: dict[str, float] = Field(
         default_factory=dict, description="kept tokens per query: p10, p50, p90, p99, min, max, mean"
+    )
+    peak_bytes: int | None = Field(
+        default=None, description="peak device memory of one call beyond its inputs"
+    )
+    notes: dict[str, Any] = Field(default_factory=dict)
+    environment: dict[str, Any] = Field(default_factory=dict)
+    environment_key: str = ""
+    timestamp: str = Field(description="UTC, ISO 8601, when the point finished")
+    wall_s: float | None = Field(default=None, description="what the point cost in all")
+
+    @model_validator(mode="after")
+    def _explained(self) -> BaseRow:
+        if self.status != "ok" and not self.reason:
+            raise ValueError(f"status {self.status} needs a reason")
+        return self
+
+
+class Row(BaseRow):
+    """One attention operator, timed. A latency without a passed check cannot be built."""
+
+    kind: Literal["kernel"] = "kernel"
+    # what was asked
+    phase: Phase
+    context: int
+    batch: int
+    shape: Shape
+    dtype: str
+    routing: str
+    routing_options: dict[str, Any] = Field(default_factory=dict)
+    cache: str
+    launch: str
+    block_size: int = 64
+    # what was found
+    recheck: Check | None = Field(
+        default=None, description="the gate once more, after timing, on fresh inputs"
     )
     tile_inflation: dict[str, float] = Field(
         default_factory=dict, description='by tile size: {"4": 1.12, "8": 1.2}'
@@ -162,15 +179,6 @@ class Row(BaseModel):
     percent_of_ceiling: float | None = Field(
         default=None, description="of the measured matmul or copy ceiling, whichever binds"
     )
-    peak_bytes: int | None = Field(
-        default=None, description="peak device memory of one call beyond its inputs"
-    )
-    notes: dict[str, Any] = Field(default_factory=dict)
-    # where and when
-    environment: dict[str, Any] = Field(default_factory=dict)
-    environment_key: str = ""
-    timestamp: str = Field(description="UTC, ISO 8601, when the point finished")
-    wall_s: float | None = Field(default=None, description="what the point cost in all")
 
     @model_validator(mode="after")
     def _honest(self) -> Row:
@@ -180,6 +188,4 @@ class Row(BaseModel):
             raise ValueError("a latency needs a passed re-check")
         if self.status == "ok" and self.latency_ms is None:
             raise ValueError("status ok needs a latency")
-        if self.status != "ok" and not self.reason:
-            raise ValueError(f"status {self.status} needs a reason")
         return self

@@ -1,294 +1,40 @@
-"""The suite file: YAML in, points out, and errors that say what to type instead.
+"""The suite file: YAML in, a validated suite out, and errors that say what to type instead.
 
-A suite of kind `kernels` is a grid of axes. Every axis takes one value or a list; the points are their
-product, less `exclude`, plus `include`, with the axes named in `zip` advancing together. Methods come
-innermost, so that methods of one shape are measured side by side.
+Every suite has a `kind`; what belongs to one kind is in a module of its own, imported when a file asks for
+it. A kind is a pydantic model (its *spec*) with
+
+    points() -> list            what to measure; a point has `key()` (16 hex digits) and `method`
+    interpreters() -> dict      Python interpreters by method, where the suite names some
+    RUN, PLAN, ENDING           "module:function" that run a suite, plan it, and print what a run found;
+                                signatures as `runner.run_suite`, `plan.plan_suite`, `ending.print_ending`
+    NESTED, EXAMPLES            key -> model below it, and model name -> what to write: for error messages
+    REQUIRED_KEYS               required keys that the model itself declares optional
+    refine_schema(schema)       finishes the JSON Schema
 """
 
 from __future__ import annotations
 
 import difflib
 import hashlib
-import itertools
-import re
-from collections.abc import Iterable
+from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ValidationError
 
-from dashbench.methods import registry
-from dashbench.routings import ROUTINGS
-from dashbench.rows import Point, Shape
-from dashbench.shapes import SHAPES, named
-from dashbench.timing_options import TimingOptions
-from dashbench.yaml_lines import At, SuiteError, check_keys, find
+from dashbench.yaml_lines import At, SuiteError, check_keys, find, nearest
 
 SUITE_VERSION = 1
-
-
-def _listed(value: Any) -> Any:
-    return value if isinstance(value, list) else [value]
-
-
-def _tokens(value: Any) -> Any:
-    """`16k` -> 16384."""
-    if isinstance(value, str) and (match := re.fullmatch(r"(\d+)k", value.strip(), re.IGNORECASE)):
-        return int(match[1]) * 1024
-    return value
-
-
-def _method(value: Any) -> Any:
-    return {"name": value} if isinstance(value, str) else value
-
-
-def _routing(value: Any) -> Any:
-    return {"name": value} if isinstance(value, str) else value
-
-
-def _shape(value: Any) -> Any:
-    if isinstance(value, str):
-        if value not in SHAPES:
-            raise ValueError(f"unknown shape {value!r}{_nearest(value, SHAPES)}")
-        return SHAPES[value][0]
-    if isinstance(value, dict):
-        return named(**ShapeNumbers.model_validate(value).model_dump())
-    return value
-
-
-def _nearest(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"
-
-
-class ShapeNumbers(BaseModel):
-    """A shape by numbers."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    query_heads: int = Field(gt=0, description="query heads; a multiple of kv_heads")
-    kv_heads: int = Field(gt=0, description="heads of keys and values")
-    head_dim: int = Field(gt=0, description="elements of a head")
-
-
-class MethodEntry(BaseModel):
-    """A method in a suite: a name, or a name with parameters. A list as a parameter's value spans an axis of
-    its own."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: str = Field(description="as in `dashbench list methods`")
-    knobs: dict[str, Any] = Field(default_factory=dict, description="parameters of the method")
-    python: str | None = Field(
-        default=None, description="another Python interpreter to run this method's worker with"
-    )
-
-    @model_validator(mode="after")
-    def _known(self) -> MethodEntry:
-        if self.name not in registry():
-            raise ValueError(f"unknown method {self.name!r}{_nearest(self.name, registry())}")
-        for knob, value in self.knobs.items():
-            if value == []:
-                raise At("expected at least one value, got []", "knobs", knob)
-        return self
-
-
-class RoutingEntry(BaseModel):
-    """A routing in a suite: a name, or a name with options."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: str = Field(description="as in `dashbench list routings`")
-    options: dict[str, Any] = Field(default_factory=dict, description="options of the generator")
-
-    @model_validator(mode="after")
-    def _known(self) -> RoutingEntry:
-        if self.name not in ROUTINGS:
-            raise ValueError(f"unknown routing {self.name!r}{_nearest(self.name, ROUTINGS)}")
-        known = set(ROUTINGS[self.name][1]) | ({"path"} if self.name == "captured" else set())
-        for option in self.options:
-            if option not in known:
-                raise ValueError(f"routing {self.name} has no option {option!r}{_nearest(option, known)}")
-        return self
-
-
-class Sparsity(BaseModel):
-    """A sparsity asked for; each method's knob is found so that the measured value is this."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    S_flop: float = Field(ge=0, lt=1, description="1 − kept / causal tokens, summed over queries")
-    tolerance: float = Field(default=0.01, gt=0, lt=1, description="how far off the measured value may be")
-
-
-def _axis(item: Any) -> Any:
-    """An axis: one item or a list of them."""
-    return Annotated[list[item], BeforeValidator(_listed, json_schema_input_type=item | list[item])]
-
-
-# What users may write is wider than what the models hold; the JSON Schema has to describe the former.
-Positive = Annotated[int, Field(gt=0, strict=True)]
-Tokens = Annotated[
-    Positive,
-    BeforeValidator(
-        _tokens, json_schema_input_type=Positive | Annotated[str, Field(pattern=r"^[0-9]+[kK]$")]
-    ),
-]
-MethodItem = Annotated[MethodEntry, BeforeValidator(_method, json_schema_input_type=str | MethodEntry)]
-RoutingItem = Annotated[
-    RoutingEntry,
-    BeforeValidator(_routing, json_schema_input_type=Literal[tuple(ROUTINGS)] | RoutingEntry),
-]
-ShapeItem = Annotated[
-    Shape, BeforeValidator(_shape, json_schema_input_type=Literal[tuple(SHAPES)] | ShapeNumbers)
-]
-ITEMS: dict[str, Any] = {
-    "phase": Literal["prefill", "decode", "train"],
-    "context": Tokens,
-    "batch": Positive,
-    "shape": ShapeItem,
-    "dtype": Literal["bfloat16", "float16", "float32"],
-    "sparsity": Sparsity,
-    "routing": RoutingItem,
-    "cache": Literal["cold", "warm"],
-    "launch": Literal["eager", "graph"],
-    "block_size": Positive,
-    "seed": Annotated[int, Field(strict=True)],
+SUITE_KINDS = {
+    "kernels": "dashbench.suite_kernels:KernelSuite",
 }
 
 
-class Axes(BaseModel):
-    """The axes of a grid, each one value or a list."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    methods: _axis(MethodItem) | None = Field(default=None, description="what to measure")
-    phase: _axis(ITEMS["phase"]) | None = Field(
-        default=None,
-        description="prefill, decode (one token against a cache) or train (forward and backward)",
-    )
-    context: _axis(ITEMS["context"]) | None = Field(default=None, description="tokens; 16k means 16384")
-    batch: _axis(ITEMS["batch"]) | None = Field(default=None, description="sequences")
-    shape: _axis(ITEMS["shape"]) | None = Field(
-        default=None, description="a preset, or {query_heads, kv_heads, head_dim}"
-    )
-    dtype: _axis(ITEMS["dtype"]) | None = Field(default=None, description="of inputs and outputs")
-    sparsity: _axis(ITEMS["sparsity"]) | None = Field(
-        default=None, description="targets for sparse methods; dense methods are measured once"
-    )
-    routing: _axis(ITEMS["routing"]) | None = Field(default=None, description="generator of the inputs")
-    cache: _axis(ITEMS["cache"]) | None = Field(
-        default=None, description="whether inputs can be in the L2 cache when the method starts"
-    )
-    launch: _axis(ITEMS["launch"]) | None = Field(
-        default=None, description="from Python each time, or replayed from a CUDA graph"
-    )
-    block_size: _axis(ITEMS["block_size"]) | None = Field(
-        default=None, description="tokens in a chunk or block of keys"
-    )
-    seed: _axis(ITEMS["seed"]) | None = Field(default=None, description="of the inputs")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _not_empty(cls, content: Any) -> Any:
-        for name in cls.model_fields if isinstance(content, dict) else ():
-            if name in content and content[name] is None:
-                raise At("expected a value, got nothing", name)
-            if content.get(name) == [] and name in Axes.model_fields and name != "sparsity":
-                raise At("expected at least one value, got []", name)
-        return content
-
-
-AXES = tuple(name for name in Axes.model_fields if name != "methods")
-DEFAULTS: dict[str, list[Any]] = {
-    "batch": [1],
-    "dtype": ["bfloat16"],
-    "sparsity": [],
-    "routing": [RoutingEntry(name="topics")],
-    "cache": ["cold"],
-    "launch": ["eager"],
-    "block_size": [64],
-    "seed": [0],
-}
-COMPARISON = re.compile(r"(<=|>=|<|>)\s*(\d+k|\d*\.?\d+)", re.IGNORECASE)
-EXCLUDABLE = ("method", *AXES)
-REQUIRED = ("methods", "phase", "context", "shape")
-NUMERIC = ("context", "batch", "sparsity", "block_size", "seed")
-
-
-class KernelSuite(Axes):
-    """A suite of kind `kernels`: attention operators, timed."""
-
-    version: Literal[1] = Field(description="version of the suite format")
-    kind: Literal["kernels"] = Field(description="what kind of measurement")
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", description="names the result file")
-    description: str = Field(default="", description="what the suite is for")
-    zip: list[list[str]] = Field(default_factory=list, description="groups of axes that advance together")
-    include: list[Axes] = Field(
-        default_factory=list, description="further grids; axes not given are taken from the suite"
-    )
-    exclude: list[dict[str, Any]] = Field(
-        default_factory=list, description="points that match every key of an entry are left out"
-    )
-    timing: TimingOptions = Field(default_factory=TimingOptions, description="how long and how precisely")
-
-    @model_validator(mode="after")
-    def _consistent(self) -> KernelSuite:
-        for needed in REQUIRED:
-            if getattr(self, needed) is None:
-                raise At("missing key", needed)
-        self._check_zip()
-        python: dict[str, str | None] = {}
-        for grid, where in ((self, ()), *((grid, ("include", n)) for n, grid in enumerate(self.include))):
-            for number, entry in enumerate(grid.methods or []):
-                if python.setdefault(entry.name, entry.python) != entry.python:
-                    message = f"{entry.name} has another `python` elsewhere in this suite"
-                    raise At(message, *where, "methods", number)
-        shapes = {shape.name for grid in (self, *self.include) for shape in grid.shape or []}
-        for number, entry in enumerate(self.exclude):
-            if not entry:
-                raise At("expected at least one key; an empty entry matches every point", "exclude", number)
-            for name, wanted in entry.items():
-                if name not in EXCLUDABLE:
-                    raise At(f"unknown key{_nearest(name, EXCLUDABLE)}", "exclude", number, name)
-                for option in _listed(wanted):
-                    if complaint := _unmatchable(name, option, shapes):
-                        raise At(complaint, "exclude", number, name)
-        return self
-
-    def _check_zip(self) -> None:
-        seen: set[str] = set()
-        for number, group in enumerate(self.zip):
-            for place, axis in enumerate(group):
-                if axis not in AXES:
-                    raise At(f"unknown axis {axis!r}{_nearest(axis, AXES)}", "zip", number, place)
-                if axis in seen:
-                    raise At(f"axis {axis!r} is zipped twice", "zip", number, place)
-                seen.add(axis)
-            lengths = {axis: len(getattr(self, axis) or DEFAULTS[axis]) for axis in group}
-            if len(set(lengths.values())) > 1:
-                raise At(f"axes of one group need equal lengths, got {lengths}", "zip", number)
-
-
-def _unmatchable(name: str, option: Any, shapes: set[str]) -> str | None:
-    """Why a value in `exclude` could never match a point, or None: a typo must not bring points back."""
-    if name in NUMERIC:
-        if isinstance(option, str) and COMPARISON.fullmatch(option.strip()):
-            return None
-        number = _tokens(option)
-        fine = number is None or isinstance(number, float) if name == "sparsity" else False
-        if fine or (isinstance(number, int) and not isinstance(number, bool)):
-            return None
-        return f"expected a number, or a comparison such as '>16k', got {option!r}"
-    known = {
-        "method": set(registry()),
-        "routing": set(ROUTINGS),
-        "shape": shapes | set(SHAPES),
-    }.get(name) or set(get_args(ITEMS[name]))
-    if isinstance(option, str) and option in known:
-        return None
-    return f"expected the name of a {name}, got {option!r}{_nearest(str(option), known)}"
+def imported(name: str) -> Any:
+    """The object that `module:name` names."""
+    module, _, attribute = name.partition(":")
+    return getattr(import_module(module), attribute)
 
 
 class Suite:
@@ -301,116 +47,29 @@ class Suite:
             inside `exclude`, `knobs` and `options`).
     """
 
-    def __init__(self, path: Path, spec: KernelSuite):
+    def __init__(self, path: Path, spec: BaseModel):
         self.path = path
         self.spec = spec
         digest = hashlib.sha256(spec.model_dump_json(exclude_none=True).encode()).hexdigest()[:8]
         self.id = f"{spec.name}@{digest}"
 
-    def points(self) -> list[Point]:
-        """All points, without duplicates, in a stable order: methods innermost."""
-        found: dict[str, Point] = {}
-        for axes in [self.spec, *(_filled(extra, self.spec) for extra in self.spec.include)]:
-            groups = self.spec.zip if axes is self.spec else []
-            for point in _expand(axes, groups):
-                if not any(_matches(point, entry) for entry in self.spec.exclude):
-                    found.setdefault(point.key(), point)
-        return list(found.values())
+    def points(self) -> list[Any]:
+        """All points, without duplicates, in a stable order."""
+        return self.spec.points()
 
     def interpreters(self) -> dict[str, str]:
         """Python interpreter by method, where the suite names one."""
-        entries = itertools.chain(
-            self.spec.methods or [], *((extra.methods or []) for extra in self.spec.include)
-        )
-        return {entry.name: entry.python for entry in entries if entry.python}
+        return self.spec.interpreters()
 
 
-def _filled(extra: Axes, base: KernelSuite) -> Axes:
-    given = {name: getattr(extra, name) for name in Axes.model_fields if getattr(extra, name) is not None}
-    return Axes.model_construct(**{name: given.get(name, getattr(base, name)) for name in Axes.model_fields})
-
-
-def _expand(axes: Axes, zips: list[list[str]]) -> Iterable[Point]:
-    values = {
-        axis: getattr(axes, axis) if getattr(axes, axis) is not None else DEFAULTS[axis] for axis in AXES
-    }
-    zipped = {axis for group in zips for axis in group}
-    # Targets vary innermost, with the methods; zipped ones advance with their group.
-    targets = values["sparsity"] if "sparsity" in zipped else values.pop("sparsity")
-    dimensions: list[list[dict[str, Any]]] = []
-    for axis in values:
-        if axis in zipped:
-            group = next(g for g in zips if axis in g)
-            if axis == next(a for a in values if a in group):
-                dimensions.append(
-                    [
-                        dict(zip(group, row, strict=True))
-                        for row in zip(*(values[a] for a in group), strict=True)
-                    ]
-                )
-        else:
-            dimensions.append([{axis: value} for value in values[axis]])
-    for combination in itertools.product(*dimensions):
-        setting: dict[str, Any] = {k: v for part in combination for k, v in part.items()}
-        routing: RoutingEntry = setting.pop("routing")
-        here = [setting.pop("sparsity")] if "sparsity" in setting else targets
-        for entry in axes.methods or []:
-            method = registry()[entry.name]
-            wanted: list[Sparsity | None] = [None]
-            if method.knob is not None and method.knob not in entry.knobs and here:
-                wanted = list(here)
-            spans = [[(k, v) for v in _listed(value)] for k, value in sorted(entry.knobs.items())]
-            for chosen in itertools.product(*spans):
-                for target in wanted:
-                    yield Point(
-                        method=entry.name,
-                        knobs=dict(chosen),
-                        routing=routing.name,
-                        routing_options=routing.options,
-                        sparsity_target=target.S_flop if target else None,
-                        **({"sparsity_tolerance": target.tolerance} if target else {}),
-                        **setting,
-                    )
-
-
-def _matches(point: Point, entry: dict[str, Any]) -> bool:
-    actual = {
-        **{axis: getattr(point, axis) for axis in AXES if axis not in ("shape", "sparsity")},
-        "method": point.method,
-        "shape": point.shape.name,
-        "sparsity": point.sparsity_target,
-    }
-    return all(
-        any(_fits(actual[name], option) for option in _listed(wanted)) for name, wanted in entry.items()
-    )
-
-
-def _fits(value: Any, wanted: Any) -> bool:
-    if isinstance(wanted, str) and (match := COMPARISON.fullmatch(wanted.strip())):
-        if value is None:
-            return False
-        limit = float(_tokens(match[2]))
-        return {"<": value < limit, "<=": value <= limit, ">": value > limit, ">=": value >= limit}[match[1]]
-    return value == _tokens(wanted)
-
-
-def _known_keys(location: tuple[Any, ...]) -> list[str]:
+def _known_keys(spec: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
     """Valid keys beside the key at the end of `location`."""
-    models = {
-        "timing": TimingOptions,
-        "methods": MethodEntry,
-        "routing": RoutingEntry,
-        "sparsity": Sparsity,
-        "shape": ShapeNumbers,
-        "include": Axes,
-    }
-    parents = [part for part in location[:-1] if isinstance(part, str) and part in models]
-    if parents:
-        return list(models[parents[-1]].model_fields)
-    return list(KernelSuite.model_fields)
+    parents = [part for part in location[:-1] if isinstance(part, str) and part in spec.NESTED]
+    model = spec.NESTED[parents[-1]] if parents else spec
+    return list(model.model_fields)
 
 
-def _explain(path: Path, node: yaml.Node | None, problem: ValidationError) -> str:
+def _explain(path: Path, node: yaml.Node | None, spec: type[BaseModel], problem: ValidationError) -> str:
     first = problem.errors()[0]
     cause = first.get("ctx", {}).get("error")
     below = cause.location if isinstance(cause, At) else ()
@@ -418,7 +77,7 @@ def _explain(path: Path, node: yaml.Node | None, problem: ValidationError) -> st
     line, name = find(node, location)
     kind, message, got = first["type"], first["msg"].removeprefix("Value error, "), first["input"]
     if kind == "extra_forbidden":
-        message = f"unknown key{_nearest(str(location[-1]), _known_keys(location))}"
+        message = f"unknown key{nearest(str(location[-1]), _known_keys(spec, location))}"
     elif kind == "missing":
         message = "missing key"
     elif kind == "literal_error":
@@ -430,8 +89,7 @@ def _explain(path: Path, node: yaml.Node | None, problem: ValidationError) -> st
         example = ", such as 4096 or 4k" if "context" in location else ""
         message = f"expected a whole number{example}, got {got!r}"
     elif kind == "model_type":
-        example = EXAMPLES.get(first["ctx"]["class_name"], "")
-        message = f"expected a mapping{example}, got {got!r}"
+        message = f"expected a mapping{spec.EXAMPLES.get(first['ctx']['class_name'], '')}, got {got!r}"
     elif kind != "value_error":
         message = f"{message[0].lower()}{message[1:]}, got {got!r}"
     more = problem.error_count() - 1
@@ -439,13 +97,42 @@ def _explain(path: Path, node: yaml.Node | None, problem: ValidationError) -> st
     return f"{path}:{line}: {name or 'the suite'}: {message}{rest}"
 
 
-EXAMPLES = {
-    "Sparsity": " such as {S_flop: 0.75}",
-    "MethodEntry": " such as {name: dash@reference}, or a name",
-    "RoutingEntry": " such as {name: topics}, or a name",
-    "Shape": " such as {query_heads: 32, kv_heads: 2, head_dim: 128}, or a preset",
-    "TimingOptions": " such as {max_seconds: 0.5}",
-}
+def _read(path: Path) -> tuple[yaml.MappingNode, dict[str, Any]]:
+    """The YAML nodes of a file, for line numbers, and its content."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        names = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+        close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise SuiteError(f"{path}: no such suite{hint}") from None
+    except OSError as problem:
+        raise SuiteError(f"{path}: cannot be read: {problem.strerror}") from None
+    except UnicodeDecodeError:
+        raise SuiteError(f"{path}: cannot be read: not UTF-8 text") from None
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        if not isinstance(node, yaml.MappingNode):
+            raise SuiteError(f"{path}:1: a suite is a mapping of keys to values")
+        check_keys(node, path)
+        return node, yaml.safe_load(text)
+    except yaml.YAMLError as problem:
+        mark = getattr(problem, "problem_mark", None)
+        where = f":{mark.line + 1}" if mark else ""
+        raise SuiteError(f"{path}{where}: not YAML: {getattr(problem, 'problem', problem)}") from None
+
+
+def _spec_of(path: Path, node: yaml.Node, content: dict[str, Any]) -> type[BaseModel]:
+    kind = content.get("kind")
+    line, _ = find(node, ("kind",))
+    if "kind" not in content:
+        raise SuiteError(f"{path}:{line}: kind: missing key; one of {', '.join(SUITE_KINDS)}")
+    if kind not in SUITE_KINDS:
+        expected = ", ".join(SUITE_KINDS)
+        hint = nearest(str(kind), SUITE_KINDS)
+        hint = hint if "did you mean" in hint else ""
+        raise SuiteError(f"{path}:{line}: kind: expected one of {expected}, got {kind!r}{hint}")
+    return imported(SUITE_KINDS[kind])
 
 
 def load_suite(path: Path | str) -> Suite:
@@ -458,42 +145,27 @@ def load_suite(path: Path | str) -> Suite:
         SuiteError: one sentence with file, line and key.
     """
     path = Path(path)
+    node, content = _read(path)
+    spec = _spec_of(path, node, content)
     try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        near = (
-            _nearest(path.name, [p.name for p in path.parent.glob("*.yaml")]) if path.parent.is_dir() else ""
-        )
-        raise SuiteError(f"{path}: no such suite{near.replace('; known: ', '') and near}") from None
-    except OSError as problem:
-        raise SuiteError(f"{path}: cannot be read: {problem.strerror}") from None
-    except UnicodeDecodeError:
-        raise SuiteError(f"{path}: cannot be read: not UTF-8 text") from None
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        if not isinstance(node, yaml.MappingNode):
-            raise SuiteError(f"{path}:1: a suite is a mapping of keys to values")
-        check_keys(node, path)
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as problem:
-        mark = getattr(problem, "problem_mark", None)
-        where = f":{mark.line + 1}" if mark else ""
-        raise SuiteError(f"{path}{where}: not YAML: {getattr(problem, 'problem', problem)}") from None
-    try:
-        spec = KernelSuite.model_validate(content)
-        suite = Suite(path, spec)
+        suite = Suite(path, spec.model_validate(content))
         if not suite.points():
             raise SuiteError(f"{path}: no points are left after `exclude`")
         return suite
     except ValidationError as problem:
-        raise SuiteError(_explain(path, node, problem)) from None
+        raise SuiteError(_explain(path, node, spec, problem)) from None
 
 
 def json_schema() -> dict[str, Any]:
     """JSON Schema of suite files, for editors. Method names stay open: they depend on what is installed."""
-    schema = KernelSuite.model_json_schema()
-    schema["required"] = [*schema["required"], *REQUIRED]
-    properties = schema["properties"]
-    properties["exclude"]["items"]["propertyNames"] = {"enum": list(EXCLUDABLE)}
-    properties["zip"]["items"]["items"]["enum"] = list(AXES)
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+    definitions: dict[str, Any] = {}
+    kinds = []
+    for name in SUITE_KINDS.values():
+        spec = imported(name)
+        schema = spec.model_json_schema()
+        schema["required"] = [*schema["required"], *spec.REQUIRED_KEYS]
+        spec.refine_schema(schema)
+        definitions |= schema.pop("$defs", {})
+        kinds.append(schema)
+    found = kinds[0] if len(kinds) == 1 else {"oneOf": kinds}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **found, "$defs": definitions}

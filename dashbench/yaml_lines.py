@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,13 @@ class At(ValueError):
 class SuiteError(Exception):
     """A suite that cannot be used; the message names file, line, key, what was expected, and the nearest
     valid name."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The end of a sentence about an unknown word: the nearest known one, or all of them."""
+    known = list(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"
 
 
 def check_keys(node: yaml.Node, path: Path, above: tuple[yaml.Node, ...] = ()) -> None:

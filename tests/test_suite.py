@@ -84,6 +84,12 @@ def test_knobs_span_axes_and_replace_targets(tmp_path):
     assert all(p.sparsity_target is None for p in found)
 
 
+def test_an_included_grid_has_zips_of_its_own(tmp_path):
+    extra = {"batch": [2, 4], "seed": [5, 6], "zip": [["batch", "seed"]]}
+    found = points(tmp_path, methods="dense@math", context=1024, include=[extra])
+    assert [(p.batch, p.seed) for p in found] == [(1, 0), (2, 5), (4, 6)]
+
+
 def test_zip_include_and_exclude(tmp_path):
     zipped = points(tmp_path, methods="dense@math", batch=[1, 8], zip=[["context", "batch"]])
     assert [(p.context, p.batch) for p in zipped] == [(1024, 1), (2048, 8)]
@@ -151,6 +157,8 @@ shape: tiny
         (GOOD + "exclude: [{context: '>64kk'}]\n", "{f}:8: exclude.0.context: expected a number, or a comparison such as '>16k', got '>64kk'"),
         (GOOD + "exclude: [{batch: yes}]\n", "{f}:8: exclude.0.batch: expected a number, or a comparison such as '>16k', got True"),
         (GOOD + "exclude: [{}]\n", "{f}:8: exclude.0: expected at least one key; an empty entry matches every point"),
+        (GOOD + "include:\n  - zip: [[context, sed]]\n", "{f}:9: include.0.zip.0.1: unknown axis 'sed'; did you mean 'seed'?"),
+        (GOOD.replace("kernels", "kernel"), "{f}:2: kind: expected one of kernels, got 'kernel'; did you mean 'kernels'?"),
         (GOOD + "zip:\n  - [context, batch]\n  - [batch, seed]\n", "{f}:10: zip.1.0: axis 'batch' is zipped twice"),
         (GOOD.replace("[1k]", "[]"), "{f}:6: context: expected at least one value, got []"),
         (GOOD.replace("[1k]", ""), "{f}:6: context: expected a value, got nothing"),
