@@ -19,10 +19,10 @@ from typing import Any
 import torch
 
 from dashbench.baselines.api import Operator, Problem, Unsupported
-from dashbench.baselines.attention_reference import small_enough_for_gradients
+from dashbench.baselines.attention_reference import attention_gradients, small_enough_for_gradients
 from dashbench.baselines.dash_reference import expectation, options_for
 from dashbench.kernels.attend import block_sparse_attention, kernel_for
-from dashbench.kernels.dash import dash_attention, route_with
+from dashbench.kernels.dash import dash_attention, prior_is_negligible, route_with
 from dashbench.kernels.decode import DecodeCache, DecodeLaunch, DecodeStep, append
 from dashbench.kernels.reference import DashOptions
 from dashbench.kernels.reference import dash_attention as specified
@@ -97,9 +97,12 @@ def prepare(
         return out.detach()
 
     def exact_gradients() -> dict[str, torch.Tensor]:
-        """fp64, over the kernel's own selection; the routing's own gradient is 1/σ of it and tested where σ
-        is small."""
+        """fp64, over the kernel's own selection. The routing's own gradient is 1/σ of it and tested where σ
+        is small; where its prior shows in the output, it is part of the reference."""
         position = torch.arange(problem.query.shape[2], device=problem.query.device)
+        if prior_is_negligible(options):
+            tensors = (problem.query, problem.key, problem.value, problem.grad_output)
+            return attention_gradients(*tensors, selected=selected(position), block_size=chunk)
         exact = [getattr(problem, n).double().requires_grad_() for n in NAMES]
         out, _ = specified(*exact, options, active=selected(position))
         found = torch.autograd.grad(out, exact[:3], problem.grad_output.double())

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from dashbench.kernels.backward_lists import chunk_list_start
-from dashbench.kernels.backward_query import entmax_terms
+from dashbench.kernels.backward_query import entmax_terms, trusted_weight
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -80,7 +80,9 @@ def _attend_tile(
         grad_bias = tl.reshape(tl.broadcast_to(grad_bias[:, None], [TILE, HEADS]), [ROWS])
         kappa = tl.load(statistics + 3 * ROWS + row)
         mean = tl.load(statistics + 5 * ROWS + row)
-        dp = tl.where(positive, (grad_bias - mean) / (GROUP * tl.where(positive, w, 1.0)), 0.0)
+        floor = trusted_weight(tau, power_p, GROUP, TILE, HEADS)
+        trusted = positive & (w > tl.reshape(tl.broadcast_to(floor[:, None], [TILE, HEADS]), [ROWS]))
+        dp = tl.where(trusted, (grad_bias - mean) / (GROUP * tl.where(trusted, w, 1.0)), 0.0)
         grad_z = s * (dp - kappa) * (inverse_sigma * route_scale)
         ROUTE_DTYPE: tl.constexpr = tl.float32 if q_rows.dtype == tl.float32 else tl.bfloat16
         grad_z = tl.broadcast_to(grad_z.to(ROUTE_DTYPE)[None, :], [16, ROWS])

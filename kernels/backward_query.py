@@ -19,6 +19,9 @@ from dashbench.kernels.backward_lists import tile_list_start
 BIAS_MODES = {"none": 0, "raw": 1, "centered": 2}
 STATISTICS = 6  # rows of the tile-ordered statistics: lse (base 2), D, tau, kappa, mean of log w, mean of e
 _LOG2E = tl.constexpr(1.4426950408889634)
+# Relative error of a routing score in fp32. An excess over tau below it is noise, and the gradient
+# through log w grows like 1 / excess: such a chunk passes no gradient on.
+RESOLUTION = tl.constexpr(2.0**-18)
 
 
 @triton.jit
@@ -38,6 +41,15 @@ def entmax_terms(excess, ALPHA_1_5: tl.constexpr, power_p, power_s):
         p = tl.where(inside, tl.exp2(logarithm * power_p), 0.0)
         s = tl.where(inside, tl.exp2(logarithm * power_s), 0.0)
     return p, s
+
+
+@triton.jit
+def trusted_weight(tau, power_p, GROUP: tl.constexpr, TILE: tl.constexpr, HEADS: tl.constexpr):
+    """The head mean w from which on some head's excess is above the rounding of its score, `[TILE]`."""
+    size = tl.abs(tau)
+    noise = RESOLUTION * (1.0 + tl.where(size < float("inf"), size, 0.0))
+    worst = tl.max(tl.reshape(noise, [TILE, HEADS]), 1)
+    return tl.exp2(power_p * tl.log2(worst)) / GROUP
 
 
 @triton.jit
@@ -81,7 +93,7 @@ def _routing_block(
 
 @triton.jit
 def _grad_probability(
-    p, scratch, block, count, biased, mean, epsilon,
+    p, scratch, block, count, biased, mean, floor,
     GROUP: tl.constexpr, TILE: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradient of each head's p through log w of the head mean w, from the bias gradient in the scratch:
@@ -94,7 +106,7 @@ def _grad_probability(
         other=0.0,
     )
     w = _over_heads(p, TILE, HEADS, BLOCK) / GROUP
-    routed = (w > epsilon) & biased[None, :]
+    routed = (w > floor[:, None]) & biased[None, :]
     dp = tl.where(routed, (grad_bias - mean[:, None]) / (GROUP * tl.where(routed, w, 1.0)), 0.0)
     return tl.reshape(tl.broadcast_to(dp[:, None, :], [TILE, HEADS, BLOCK]), [TILE * HEADS, BLOCK])
 
@@ -230,6 +242,7 @@ def _query_kernel(
             if (BIAS == 2) and (not DETACH_MEAN):
                 mean = grad_bias_sum / tl.maximum(routed_count, 1.0)
             tl.store(base + 5 * ROWS + row, tl.reshape(tl.broadcast_to(mean[:, None], [TILE, HEADS]), [ROWS]))
+            floor = tl.maximum(trusted_weight(tau_rows, power_p, GROUP, TILE, HEADS), epsilon)
             s_sum = tl.zeros([ROWS], tl.float32)
             s_dp_sum = tl.zeros([ROWS], tl.float32)
             for block in range(0, routed_entries, BLOCK):
@@ -246,7 +259,7 @@ def _query_kernel(
                     count,
                     chunk < own - forced,
                     mean,
-                    epsilon,
+                    floor,
                     GROUP,
                     TILE,
                     HEADS,
@@ -271,7 +284,7 @@ def _query_kernel(
                     count,
                     chunk < own - forced,
                     mean,
-                    epsilon,
+                    floor,
                     GROUP,
                     TILE,
                     HEADS,

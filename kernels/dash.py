@@ -73,6 +73,13 @@ class _DashAttention(torch.autograd.Function):
         return *grads[:3], grad_summary.to(summary_query.dtype), None, None, None
 
 
+def prior_is_negligible(options: DashOptions) -> bool:
+    """Whether the prior's bias is below what bf16 weights can hold."""
+    if options.bias_mode == "none":
+        return True
+    return options.bias_mode == "centered" and options.sigma >= NEGLIGIBLE_BIAS_SIGMA
+
+
 def route_with(
     query: torch.Tensor,
     summaries: torch.Tensor,
@@ -81,7 +88,6 @@ def route_with(
     save: bool = False,
 ) -> Routes:
     """`route.route_chunks` with the options of DashAttention; a bias that bf16 cannot hold is left out."""
-    negligible = options.bias_mode == "centered" and options.sigma >= NEGLIGIBLE_BIAS_SIGMA
     return route_chunks(
         query,
         summaries,
@@ -90,7 +96,7 @@ def route_with(
         alpha=options.alpha,
         visibility=options.visibility,
         forced=options.forced,
-        bias_mode="none" if negligible else options.bias_mode,
+        bias_mode="none" if prior_is_negligible(options) else options.bias_mode,
         sigma=options.sigma,
         left_padding=left_padding,
         save=save,
