@@ -25,11 +25,12 @@ offsets have
 
 For other α the sums have other powers and every step is Newton's on the logarithms.
 
-With `compact` the first pass keeps, in place of the sums, a lower bound of τ: every block of scores adds the
-tangent of its part of f(τ) = Σ [x − τ]₊² at the bound known so far; f is convex, so the tangents' sum lies
-below it and its root below τ. A chunk above the bound of any row becomes a candidate of the tile (τ only
-rises as chunks are added, so no other chunk can be in a support), and the passes after the first read the
-candidates only. Until the list is written the candidates stand in its place.
+With `compact` (α = 1.5 only) pass 1 reads a quarter of the blocks, and its τ, lowered by a third, is a guess
+from below. One pass over all chunks then lists the tile's candidates, those above the guess of any row, and
+sums (x − guess)² over them: where that is at least 1, the guess is below τ and no chunk of a support is
+missing, because f(τ) = Σ [x − τ]₊² falls. Where it is not, f's tangent at the guess, which by convexity
+meets 1 below τ, is the next guess, and that one is certain. The passes after it read the candidates only.
+Until the list is written the candidates stand in its place.
 
 Letters: B batch, Hq query heads, Hkv KV heads, G = Hq / Hkv, N queries, D head dim, C chunk size, M chunks,
 T queries a tile, W = ceil(M / 32).
@@ -54,6 +55,10 @@ SETTLED = 5e-5
 # The quadratic step is taken where Σ(x − τ)² is this close to one.
 NEAR = 0.5
 MAX_PASSES = 24
+# The guess of τ from a sample of the chunks, relative to the maximum, is lowered to CAUTION · τ −
+# CAUTION_ABSOLUTE: on planted routings about one tile in twenty then has to list its candidates again.
+CAUTION = tl.constexpr(1.35)
+CAUTION_ABSOLUTE = tl.constexpr(0.02)
 # What fp32 sums may be off by when a lower bound of τ is derived from them.
 BOUND_MARGIN = tl.constexpr(1e-4)
 MAX_PASSES_GENERAL = 80
@@ -145,62 +150,81 @@ def _route_kernel(
     start = (first_chunk // BLOCK) * BLOCK
 
     list_base = entries + index.to(tl.int64) * capacity + tile_list_start(tile, CHUNK // TILE)
-    candidates = 0
-    # τ's bound and the tangents' sum are kept relative to the row's maximum, and move with it: τ is in
-    # [−1, 0) there, whatever the size of x.
     peak = tl.full([ROWS], float("-inf"), tl.float32)
-    low = tl.full([ROWS], -1.0, tl.float32)
-    # The tangents' sum is sum_1 − sum_2 · τ with `compact`; else these are the two exponential sums.
     sum_1 = tl.zeros([ROWS], tl.float32)
     sum_2 = tl.zeros([ROWS], tl.float32)
     DECAY: tl.constexpr = 11.541560327111707  # 8 log2(e)
-    for first in range(start, last, BLOCK):
+    stride = 1
+    if COMPACT:
+        blocks = tl.cdiv(last - start, BLOCK)
+        stride = tl.where(blocks >= 16, 4, tl.where(blocks >= 4, 2, 1))
+    skipped = ((last - start + BLOCK - 1) // BLOCK + stride - 1) % stride  # the last block is always read
+    for first in range(start + skipped * BLOCK, last, BLOCK * stride):
         chunk = first + column
         x = _scores(q, base, chunk, last, first_chunk, row_limit, dim, scale, HEAD_DIM, PADDED)
         new_peak = tl.maximum(peak, tl.max(x, 1))
-        if COMPACT:
-            moved = tl.where(peak == float("-inf"), 0.0, new_peak - peak)
-            # +inf for a row that sees nothing yet: x − ∞ is in no support.
-            shift = tl.where(new_peak == float("-inf"), float("inf"), new_peak)
-            low = tl.maximum(low - moved, -1.0)
-            if ALPHA_1_5:
-                sum_1 -= sum_2 * moved
-                gap = tl.maximum((x - shift[:, None]) - low[:, None], 0.0)
-                s1 = tl.sum(gap, 1)
-                sum_1 += tl.sum(gap * gap, 1) + 2.0 * s1 * low
-                sum_2 += 2.0 * s1
-                low = tl.maximum(low, tl.where(sum_2 > 0, (sum_1 - 1.0) / sum_2, -1.0) - BOUND_MARGIN)
-            listed = _any_row(((x - shift[:, None]) > low[:, None]).to(tl.int32), ROWS, BLOCK)
-            if FORCE_PREVIOUS:
-                listed = listed | (chunk == own - 1).to(tl.int32)
-            slot = candidates + tl.cumsum(listed, 0) - listed
-            tl.store(list_base + slot, chunk, mask=listed != 0)
-            candidates += tl.sum(listed, 0)
-        else:
-            shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-            rescale = tl.where(peak == float("-inf"), 0.0, tl.exp2(DECAY * (peak - shift)))
-            decayed = tl.exp2(DECAY * (x - shift[:, None]))
-            sum_1 = sum_1 * rescale + tl.sum(decayed, 1)
-            sum_2 = sum_2 * rescale * rescale + tl.sum(decayed * decayed, 1)
+        shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        rescale = tl.where(peak == float("-inf"), 0.0, tl.exp2(DECAY * (peak - shift)))
+        decayed = tl.exp2(DECAY * (x - shift[:, None]))
+        sum_1 = sum_1 * rescale + tl.sum(decayed, 1)
+        sum_2 = sum_2 * rescale * rescale + tl.sum(decayed * decayed, 1)
         peak = new_peak
-    begin, end = start, last
-    if COMPACT:
-        tl.debug_barrier()  # the candidates were written by other threads than will read them
-        begin, end = 0, candidates
     empty = peak == float("-inf")
     # From here on everything is relative to the row's maximum, where fp32 is finest: τ is in [−1, 0).
     peak = tl.where(empty, 0.0, peak)
-    tau = tl.where(empty, -1.0, tl.minimum(low, -1e-4))
-    low = tl.full([ROWS], -1.0, tl.float32)
-    high = tl.zeros([ROWS], tl.float32)
-    if ALPHA_1_5 and not COMPACT:
+    tau = tl.full([ROWS], -1.0, tl.float32)
+    if ALPHA_1_5:
         order = tl.log2(tl.where(empty, 1.0, sum_1) / tl.where(empty, 1.0, sum_2))
         order = tl.minimum(tl.maximum(order, 1e-3), 6.0)
-        log_a = tl.log(tl.where(empty, 1.0, sum_1)) + order * 2.0794415416798357  # ln 8
+        log_a = tl.log(tl.where(empty, 1.0, sum_1 * stride)) + order * 2.0794415416798357  # ln 8
         z = order + 3.0
         log_gamma = (z - 0.5) * tl.log(z) - z + 0.9189385332046727 + 1.0 / (12.0 * z)  # Stirling
         tau = -tl.exp((log_gamma - 0.6931471805599453 - log_a) / (order + 2.0))
         tau = tl.minimum(tl.maximum(tau, -1.0), -1e-4)
+    begin, end = start, last
+    if COMPACT:
+        sure = tl.where(empty, float("inf"), peak + tl.maximum(CAUTION * tau - CAUTION_ABSOLUTE, -1.0))
+        candidates = 0
+        complete = 0
+        count = tl.zeros([ROWS], tl.float32)
+        s1 = tl.zeros([ROWS], tl.float32)
+        s2 = tl.zeros([ROWS], tl.float32)
+        # The second guess is certain. Once complete, the inner loop is empty (a `while` with this body fails
+        # in Triton 3.6's compiler).
+        for _ in range(0, 2):
+            candidates = candidates * complete
+            count = count * complete
+            s1 = s1 * complete
+            s2 = s2 * complete
+            peak = tl.where(empty | (complete != 0), peak, float("-inf"))
+            for first in range(tl.where(complete != 0, last, start), last, BLOCK):
+                chunk = first + column
+                x = _scores(q, base, chunk, last, first_chunk, row_limit, dim, scale, HEAD_DIM, PADDED)
+                peak = tl.where(empty, peak, tl.maximum(peak, tl.max(x, 1)))
+                gap = tl.maximum(x - sure[:, None], 0.0)
+                above = (gap > 0).to(tl.int32)
+                count += tl.sum(above, 1).to(tl.float32)
+                s1 += tl.sum(gap, 1)
+                s2 += tl.sum(gap * gap, 1)
+                listed = _any_row(above, ROWS, BLOCK)
+                if FORCE_PREVIOUS:
+                    listed = listed | (chunk == own - 1).to(tl.int32)
+                slot = candidates + tl.cumsum(listed, 0) - listed
+                tl.store(list_base + slot, chunk, mask=listed != 0)
+                candidates += tl.sum(listed, 0)
+            below = (s2 >= 1.0) | empty
+            tangent = tl.where(s1 > 0, sure + (s2 - 1.0) / tl.where(s1 > 0, 2.0 * s1, 1.0), float("-inf"))
+            lower = tl.maximum(tangent, peak - 1.0)
+            sure = tl.where(below, sure, lower - BOUND_MARGIN * (1.0 + 0.01 * tl.abs(lower)))
+            complete = tl.min(below.to(tl.int32), 0)
+            # The list may be written once more now, or read, by other threads than wrote it.
+            tl.debug_barrier()
+        begin, end = 0, candidates
+        root = s1 * s1 - tl.maximum(count, 1.0) * (s2 - 1.0)
+        step = (s1 - tl.sqrt(tl.maximum(root, 0.0))) / tl.maximum(count, 1.0)
+        tau = tl.where(empty, -1.0, tl.minimum(tl.maximum(sure + step - peak, -1.0), -1e-4))
+    low = tl.full([ROWS], -1.0, tl.float32)
+    high = tl.zeros([ROWS], tl.float32)
     moving = 1
     passes = 0
     while (moving > 0) & (passes < max_passes):
@@ -434,7 +458,7 @@ def route_chunks(
         GROUP=group, HEADS=padded_heads, TILE=tile, CHUNK=chunk_size, HEAD_DIM=dim,
         ALPHA_1_5=fast, COMPLETED=visibility == "completed", FORCE_PREVIOUS=forced == "own_and_previous",
         PADDED=left_padding is not None, SAVE=save,
-        BIAS=("none", "centered", "raw").index(bias_mode), COMPACT=compact and visibility == "own",
+        BIAS=("none", "centered", "raw").index(bias_mode), COMPACT=compact and fast and visibility == "own",
         **{"BLOCK": 64, "num_warps": 8 if rows >= 128 else 4, "num_stages": 2, **(launch or {})},
     )  # fmt: skip
     return Routes(entries, counts, tile, chunk_size, tau, mask, active, bias)
