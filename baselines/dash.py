@@ -3,9 +3,11 @@ gradients.
 
 Paper: https://arxiv.org/abs/2605.18753. Parameters (`prepare`) as in `dash_reference`: scaling_factor (the
 knob; larger is sparser), alpha, sigma, bias_mode, forced, visibility, preset. Timed in prefill and training:
-summaries, routing and attention, from q, k, v as a model has them after RoPE. Timed in decode: appending the
-new token to the cache (with the summary of a chunk that it completes) and the step; the cache's length is set
-back before every call, a launch that a model would not make.
+summaries, routing and attention, from q, k, v as a model has them after RoPE. Timed in decode: writing the
+new token to the cache (with the summary of a chunk that it completes), routing and attention; the lengths
+count the new token already, as a model advances them once a step for all its layers. With visibility
+`completed` the cache is appended to by a launch of its own, and its length is set back before every call, a
+launch that a model would not make.
 
 Debts to the paper: a bias that bf16 weights cannot hold (`centered` with sigma of 1e5 and more) is left out
 of the forward; its gradient is not.
@@ -142,19 +144,24 @@ def _decode(problem: Problem, options: DashOptions, notes: dict[str, Any]) -> Op
     cache.summaries[:, :, :own] = summarize_chunks(
         problem.key[:, :, : own * chunk], problem.summary_query, chunk
     )
-    new = (problem.key[:, :, -1:].contiguous(), problem.value[:, :, -1:].contiguous())
+    new = (
+        problem.key[:, :, -1:].contiguous(),
+        problem.value[:, :, -1:].contiguous(),
+        problem.summary_query.contiguous(),
+    )
+    aside = options.visibility == "own"
     try:
-        step = DecodeStep(problem.query, cache, options, _decode_launch(problem))
+        step = DecodeStep(problem.query, cache, options, _decode_launch(problem), new=new if aside else None)
     except ValueError as refused:
         raise Unsupported(str(refused)) from None
-    summary_query = problem.summary_query.contiguous()
 
     def grow() -> None:
         cache.lengths.fill_(length - 1)
-        append(cache, *new, summary_query, chunk, step.workspace.append_tickets)
+        append(cache, *new, chunk, step.workspace.append_tickets)
 
     def run() -> torch.Tensor:
-        grow()
+        if not aside:
+            grow()
         return step.run()
 
     run()  # the stages below start from a finished step
@@ -179,7 +186,7 @@ def _decode(problem: Problem, options: DashOptions, notes: dict[str, Any]) -> Op
         selected=selected,
         kept=kept,
         stages={
-            "append": grow,
+            **({} if aside else {"append": grow}),
             "scores": step.scores,
             "route": step.route,
             "attend": step.attend,

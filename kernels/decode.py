@@ -2,7 +2,8 @@
 
 Source: DashAttention (arXiv 2605.18753). Stages, each callable on its own on one `DecodeStep`:
 
-    append    write new keys and values, summarise chunks that they complete, advance the lengths
+    append    write new keys and values, summarise chunks that they complete, advance the lengths; for one new
+              token `scores` can do it on the side
     scores    γ ⟨q, k̄⟩ / √D over the visible chunks
     route     entmax, mean over the group, list of active chunks in ascending order
     attend    attention over the list, every split an equal share of it
@@ -81,7 +82,7 @@ class DecodeLaunch:
 
 LOG2_E = 1.4426950408889634
 
-ROUTE_TILE = 2048
+ROUTE_TILE = 4096
 """Chunks whose scores a route program keeps in registers; it reads the rest again in every step."""
 
 
@@ -128,6 +129,10 @@ class DecodeStep:
         launch: see `DecodeLaunch`.
         workspace: buffers of earlier steps of the same shape, or None.
         output: `[B, Hq, T, D]` to write, or None.
+        new: (new key, new value `[B, Hkv, 1, D]`, summary query `[Hkv, D]` contiguous): the cache does not
+            hold the last token yet, though `lengths` counts it (a model advances them once a step, for all
+            its layers), and `scores` writes it, in place of a launch of `append`. For one new token and
+            visibility `own`.
 
     Raises:
         ValueError: an unsupported shape, named.
@@ -141,11 +146,14 @@ class DecodeStep:
         launch: DecodeLaunch = DecodeLaunch(),
         workspace: DecodeWorkspace | None = None,
         output: torch.Tensor | None = None,
+        new: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
     ):
         batch, query_heads, new_tokens, head_dim = query.shape
         kv_heads = cache.key.shape[1]
         _check(query, cache, options)
-        self.query, self.cache, self.options, self.launch = query, cache, options, launch
+        if new is not None and (new_tokens > 1 or options.visibility != "own"):
+            raise ValueError("scores can append one new token, with visibility `own`; call append for others")
+        self.query, self.cache, self.options, self.launch, self.new = query, cache, options, launch, new
         self.chunks = triton.cdiv(cache.capacity, options.chunk_size)
         self.group = query_heads // kv_heads
         if workspace is None:
@@ -170,16 +178,21 @@ class DecodeStep:
         return {"PAGED": self.cache.page_table is not None, "PDL": self.launch.overlap, **launch}
 
     def scores(self) -> None:
-        """Routing scores into the workspace."""
+        """Routing scores into the workspace, and the new token into the cache."""
         cache, space = self.cache, self.workspace
         table, table_stride, per_page = self._pages()
         tile = self.launch.score_tile
-        scores_kernel[(triton.cdiv(self.chunks, tile), self.kv_heads, self.rows)](
+        tiles = triton.cdiv(self.chunks, tile) + (self.new is not None)
+        new_key, new_value, summary_query = self.new or (self.query,) * 3  # not read without a new token
+        scores_kernel[(tiles, self.kv_heads, self.rows)](
             self.query, cache.summaries, cache.lengths, table, space.scores, space.weights,
-            _strides(self.query), _strides(cache.summaries), table_stride, per_page, self.new_tokens,
-            self.chunks, self.options.scaling_factor * self.scale,
+            new_key, new_value, cache.key, cache.value, summary_query,
+            _strides(self.query), _strides(cache.summaries), _strides(new_key), _strides(new_value),
+            _strides(cache.key), _strides(cache.value), table_stride, per_page, self.new_tokens,
+            self.chunks, self.options.scaling_factor * self.scale, self.scale,
             G=self.group, ROWS=_rows(self.group), C=self.options.chunk_size, D=self.head_dim, TILE=tile,
-            COMPLETED=self.options.visibility == "completed", num_warps=4, **self._common(),
+            COMPLETED=self.options.visibility == "completed", APPEND=self.new is not None, num_warps=4,
+            **self._common(),
         )  # fmt: skip
 
     def route(self) -> None:

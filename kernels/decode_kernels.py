@@ -15,6 +15,10 @@ import triton.language as tl
 
 EPSILON = tl.constexpr(1e-20)
 LOG2_E = tl.constexpr(1.4426950408889634)
+DECAY = tl.constexpr(11.541560327111707)  # 8 log2(e)
+# τ, in units of x, is settled once it moves by no more; a step inside a fixed support lands on the root.
+SETTLED = tl.constexpr(1e-6)
+MAX_STEPS = tl.constexpr(80)
 
 
 @triton.jit
@@ -36,6 +40,43 @@ def _page_of(page_table, page_table_stride, sequence, chunk, chunks_per_page, PA
 
 
 @triton.jit
+def _append_to_chunk(
+    new_key, new_value, key, value, summaries, summary_query, page_table,
+    new_key_strides, new_value_strides, key_strides, value_strides, summary_strides, page_table_stride,
+    chunks_per_page, chunk, head, sequence, length, new_tokens, scale,
+    C: tl.constexpr, D: tl.constexpr, PAGED: tl.constexpr,
+):  # fmt: skip
+    """Write those new tokens (the ones from `length` on) that fall into one chunk, and summarise it if they
+    complete it."""
+    position = chunk * C + tl.arange(0, C)
+    fresh = (position >= length) & (position < length + new_tokens)
+    o_d = tl.arange(0, D)
+    page, inside = _page_of(page_table, page_table_stride, sequence, chunk, chunks_per_page, PAGED)
+    slot = (inside * C + tl.arange(0, C)).to(tl.int64)
+    new = (position - length).to(tl.int64)
+    p_new = new_key + sequence * new_key_strides[0] + head * new_key_strides[1]
+    b_new = tl.load(p_new + new[:, None] * new_key_strides[2] + o_d[None, :], fresh[:, None], 0.0)  # [C, D]
+    p_key = (
+        key + page * key_strides[0] + head * key_strides[1] + slot[:, None] * key_strides[2] + o_d[None, :]
+    )
+    tl.store(p_key, b_new, fresh[:, None])
+    p_new = new_value + sequence * new_value_strides[0] + head * new_value_strides[1]
+    b_value = tl.load(p_new + new[:, None] * new_value_strides[2] + o_d[None, :], fresh[:, None], 0.0)
+    p_value = value + page * value_strides[0] + head * value_strides[1]
+    tl.store(p_value + slot[:, None] * value_strides[2] + o_d[None, :], b_value, fresh[:, None])
+    if (chunk + 1) * C <= length + new_tokens:
+        # Earlier tokens come from the cache and new ones from registers: no read after write.
+        b_old = tl.load(p_key, (position < length)[:, None], 0.0)
+        b_key = tl.where(fresh[:, None], b_new, b_old).to(tl.float32)
+        b_query = tl.load(summary_query + head * D + o_d).to(tl.float32)
+        logits = tl.sum(b_key * b_query[None, :], 1) * scale
+        weights = tl.exp(logits - tl.max(logits, 0))
+        b_summary = tl.sum(b_key * weights[:, None], 0) / tl.sum(weights, 0)
+        p_summary = summaries + page * summary_strides[0] + head * summary_strides[1]
+        tl.store(p_summary + inside.to(tl.int64) * summary_strides[2] + o_d, b_summary)
+
+
+@triton.jit
 def append_kernel(
     new_key, new_value, key, value, summaries, summary_query, lengths, page_table, tickets,
     new_key_strides, new_value_strides, key_strides, value_strides, summary_strides, page_table_stride,
@@ -50,39 +91,12 @@ def append_kernel(
     _after_previous_kernel(PDL)
     length = tl.load(lengths + sequence)
     chunk = length // C + part
-    position = chunk * C + tl.arange(0, C)
-    fresh = (position >= length) & (position < length + new_tokens)
-    o_d = tl.arange(0, D)
     if chunk * C < length + new_tokens:
-        page, inside = _page_of(page_table, page_table_stride, sequence, chunk, chunks_per_page, PAGED)
-        slot = (inside * C + tl.arange(0, C)).to(tl.int64)
-        new = (position - length).to(tl.int64)
-        p_new = new_key + sequence * new_key_strides[0] + head * new_key_strides[1]
-        b_new = tl.load(
-            p_new + new[:, None] * new_key_strides[2] + o_d[None, :], fresh[:, None], 0.0
-        )  # [C, D]
-        p_key = (
-            key
-            + page * key_strides[0]
-            + head * key_strides[1]
-            + slot[:, None] * key_strides[2]
-            + o_d[None, :]
-        )
-        # Earlier tokens come from the cache and new ones from registers: no read after write.
-        b_old = tl.load(p_key, (position < length)[:, None], 0.0)
-        tl.store(p_key, b_new, fresh[:, None])
-        p_new = new_value + sequence * new_value_strides[0] + head * new_value_strides[1]
-        b_value = tl.load(p_new + new[:, None] * new_value_strides[2] + o_d[None, :], fresh[:, None], 0.0)
-        p_value = value + page * value_strides[0] + head * value_strides[1]
-        tl.store(p_value + slot[:, None] * value_strides[2] + o_d[None, :], b_value, fresh[:, None])
-        if (chunk + 1) * C <= length + new_tokens:
-            b_key = tl.where(fresh[:, None], b_new, b_old).to(tl.float32)
-            b_query = tl.load(summary_query + head * D + o_d).to(tl.float32)
-            logits = tl.sum(b_key * b_query[None, :], 1) * scale
-            weights = tl.exp(logits - tl.max(logits, 0))
-            b_summary = tl.sum(b_key * weights[:, None], 0) / tl.sum(weights, 0)
-            p_summary = summaries + page * summary_strides[0] + head * summary_strides[1]
-            tl.store(p_summary + inside.to(tl.int64) * summary_strides[2] + o_d, b_summary)
+        _append_to_chunk(
+            new_key, new_value, key, value, summaries, summary_query, page_table,
+            new_key_strides, new_value_strides, key_strides, value_strides, summary_strides,
+            page_table_stride, chunks_per_page, chunk, head, sequence, length, new_tokens, scale, C, D, PAGED,
+        )  # fmt: skip
     # Every thread has read the length before this program's ticket says so.
     tl.debug_barrier()
     programs = tl.num_programs(0) * tl.num_programs(1)
@@ -94,17 +108,32 @@ def append_kernel(
 @triton.jit
 def scores_kernel(
     query, summaries, lengths, page_table, scores, weights,
-    query_strides, summary_strides, page_table_stride, chunks_per_page, new_tokens, capacity, scale,
+    new_key, new_value, key, value, summary_query,
+    query_strides, summary_strides, new_key_strides, new_value_strides, key_strides, value_strides,
+    page_table_stride, chunks_per_page, new_tokens, capacity, scale, key_scale,
     G: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr,
-    COMPLETED: tl.constexpr, PAGED: tl.constexpr, PDL: tl.constexpr,
+    COMPLETED: tl.constexpr, APPEND: tl.constexpr, PAGED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """scores[row, h, c] = γ ⟨q_h, k̄_c⟩ / √D for one tile of visible chunks; clears the tile's weights."""
+    """scores[row, h, c] = γ ⟨q_h, k̄_c⟩ / √D for one tile of visible chunks; clears the tile's weights.
+
+    With `APPEND` the last tile is no tile: its program writes the sequence's one new token to the cache,
+    which no score of this step reads, and summarises the chunk that it completes, for the steps to come.
+    """
     tile, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     _after_previous_kernel(PDL)
     sequence = (row // new_tokens).to(tl.int64)
     token = row % new_tokens
     position = tl.load(lengths + sequence) - new_tokens + token
     visible = (position + 1) // C if COMPLETED else position // C
+    if APPEND:  # noqa: SIM102  (compile time, then run time)
+        if tile == tl.num_programs(0) - 1:
+            visible = 0
+            _append_to_chunk(
+                new_key, new_value, key, value, summaries, summary_query, page_table,
+                new_key_strides, new_value_strides, key_strides, value_strides, summary_strides,
+                page_table_stride, chunks_per_page, position // C, head, sequence, position, 1, key_scale,
+                C, D, PAGED,
+            )  # fmt: skip
     if tile * TILE < visible:
         kv_heads = tl.num_programs(1)
         chunk = tile * TILE + tl.arange(0, TILE)
@@ -127,29 +156,53 @@ def scores_kernel(
 
 
 @triton.jit
-def _power_sums(x, threshold, power, ALPHA_IS_1_5: tl.constexpr):
-    """Σ [x − τ]₊^p and Σ [x − τ]₊^(p−1) over the entries above τ."""
-    gap = tl.maximum(x - threshold, 0.0)
-    if ALPHA_IS_1_5:
-        return tl.sum(gap * gap, 0), tl.sum(gap, 0)
-    else:
-        logarithm = tl.log2(tl.where(gap > 0, gap, 1.0))
-        upper = tl.where(gap > 0, tl.exp2(power * logarithm), 0.0)
-        lower = tl.where(gap > 0, tl.exp2((power - 1) * logarithm), 0.0)
-        return tl.sum(upper, 0), tl.sum(lower, 0)
+def _add_pairs(a, b, c, d):
+    return a + c, b + d
 
 
 @triton.jit
-def _newton_step(threshold, upper, lower, power, ALPHA_IS_1_5: tl.constexpr):
-    """One Newton step on g(τ) = ‖[x − τ]₊‖_p − 1.
+def _add_triples(a, b, c, d, e, f):
+    return a + d, b + e, c + f
 
-    g is convex and falling, so that steps from the left of the root never pass it; on a fixed support far
-    from the kinks it is nearly linear, so that few steps are needed, flat logits included (one).
-    """
+
+@triton.jit
+def _power_sums(x, threshold, power, ALPHA_IS_1_5: tl.constexpr):
+    """How many entries are above τ, Σ [x − τ]₊^(p−1) and Σ [x − τ]₊^p over them."""
+    gap = tl.maximum(x - threshold, 0.0)
+    above = (gap > 0).to(tl.float32)
     if ALPHA_IS_1_5:
-        return threshold + (upper - tl.sqrt_rn(upper)) / lower
+        return tl.reduce((above, gap, gap * gap), 0, _add_triples)
     else:
-        return threshold + (upper - tl.exp2((1 - 1 / power) * tl.log2(upper))) / lower
+        logarithm = tl.log2(tl.where(gap > 0, gap, 1.0))
+        lower = tl.where(gap > 0, tl.exp2((power - 1) * logarithm), 0.0)
+        return tl.reduce((above, lower, lower * gap), 0, _add_triples)
+
+
+@triton.jit
+def _first_threshold(decayed, decayed_twice):
+    """τ below the maximum from Σ exp(8 (x − max)) and Σ exp(16 (x − max)); see `route`, pass 1."""
+    order = tl.minimum(tl.maximum(tl.log2(decayed / decayed_twice), 1e-3), 6.0)
+    log_a = tl.log(decayed) + order * 2.0794415416798357  # ln 8
+    z = order + 3.0
+    log_gamma = (z - 0.5) * tl.log(z) - z + 0.9189385332046727 + 1.0 / (12.0 * z)  # Stirling
+    threshold = -tl.exp((log_gamma - 0.6931471805599453 - log_a) / (order + 2.0))
+    return tl.minimum(tl.maximum(threshold, -1.0), -1e-4)
+
+
+@triton.jit
+def _next_threshold(threshold, low, high, count, lower, upper, power, ALPHA_IS_1_5: tl.constexpr):
+    """The next τ inside a bracket: the root of the active entries' quadratic near the solution (α = 1.5), and
+    Newton's step on the logarithms of Σ and of −τ elsewhere; see `route`, pass 2."""
+    excess = upper - 1.0
+    safe = tl.maximum(upper, 1e-30)
+    slope = tl.maximum(power * lower * -threshold / safe, 1e-3)
+    following = threshold * tl.exp(-tl.log(safe) / slope)
+    if ALPHA_IS_1_5:
+        n = tl.maximum(count, 1.0)
+        root = lower * lower - n * excess
+        quadratic = threshold + (lower - tl.sqrt_rn(tl.maximum(root, 0.0))) / n
+        following = tl.where((root >= 0) & (tl.abs(excess) < 0.5), quadratic, following)
+    return tl.where((following < low) | (following > high), 0.5 * (low + high), following)
 
 
 @triton.jit
@@ -184,19 +237,33 @@ def route_kernel(
             peak = tl.maximum(peak, tl.max(later, 0))
         x -= peak
         threshold = peak * 0 - 1.0
+        if ALPHA_IS_1_5:
+            decayed = tl.exp2(x * DECAY)
+            once, twice = tl.reduce((decayed, decayed * decayed), 0, _add_pairs)
+            for start in range(TILE, visible, TILE):
+                later = tl.load(p_scores + start + o_t, start + o_t < visible, float("-inf")) * slope - peak
+                decayed = tl.exp2(later * DECAY)
+                more_once, more_twice = tl.reduce((decayed, decayed * decayed), 0, _add_pairs)
+                once += more_once
+                twice += more_twice
+            threshold = _first_threshold(once, twice)
+        low, high = peak * 0 - 1.0, peak * 0
         moving = True
         steps = 0
         while moving:
-            upper, lower = _power_sums(x, threshold, power, ALPHA_IS_1_5)
+            count, lower, upper = _power_sums(x, threshold, power, ALPHA_IS_1_5)
             for start in range(TILE, visible, TILE):
                 later = tl.load(p_scores + start + o_t, start + o_t < visible, float("-inf")) * slope - peak
-                more_upper, more_lower = _power_sums(later, threshold, power, ALPHA_IS_1_5)
-                upper += more_upper
+                more, more_lower, more_upper = _power_sums(later, threshold, power, ALPHA_IS_1_5)
+                count += more
                 lower += more_lower
-            following = _newton_step(threshold, upper, lower, power, ALPHA_IS_1_5)
+                upper += more_upper
+            low = tl.where(upper > 1.0, threshold, low)
+            high = tl.where(upper > 1.0, high, threshold)
+            following = _next_threshold(threshold, low, high, count, lower, upper, power, ALPHA_IS_1_5)
             steps += 1
-            moving = (following > threshold) & (steps < 30)
-            threshold = tl.maximum(threshold, following)
+            moving = (tl.abs(following - threshold) > SETTLED) & (steps < MAX_STEPS)
+            threshold = following
         for start in range(0, visible, TILE):
             z = tl.load(p_scores + start + o_t, start + o_t < visible, float("-inf")) * slope - peak
             gap = tl.maximum(z - threshold, 0.0)

@@ -106,6 +106,31 @@ def test_groups_and_head_dims(heads, kv_heads, dim):
     compare(*draw(1, heads, kv_heads, 64, dim, seed=2), [61], DashOptions(16, bias_mode="none"))
 
 
+@pytest.mark.parametrize("page_size", [None, 32])
+def test_a_step_that_appends_its_token_equals_appending_before_it(page_size):
+    """Lengths around chunk borders: token 1, mid-chunk, completing a chunk, and the first of a chunk."""
+    lengths, options = [1, 30, 48, 65], DashOptions(16, bias_mode="raw")
+    query, key, value, bar = draw(4, 4, 2, 96, 64, seed=7)
+    before = filled(key, value, bar, 16, [length - 1 for length in lengths], page_size)
+    before.lengths.add_(1)
+    rows, at = torch.arange(4), torch.tensor(lengths) - 1
+    new = tuple(x[rows, :, at][:, :, None].contiguous() for x in (key, value))
+    step = DecodeStep(query, before, options, DecodeLaunch(splits=3), new=(*new, bar.contiguous()))
+    want, _ = expected(query, key, value, bar, lengths, options)
+    torch.testing.assert_close(step.run().double(), want, atol=2e-5, rtol=0)
+    whole = filled(key, value, bar, 16, lengths, page_size)
+    torch.testing.assert_close(before.key, whole.key, equal_nan=True)
+    torch.testing.assert_close(before.value, whole.value, equal_nan=True)
+    torch.testing.assert_close(before.summaries, whole.summaries, atol=1e-6, rtol=0, equal_nan=True)
+
+
+def test_appending_on_the_side_is_for_one_token():
+    query, key, value, bar = draw(1, 2, 1, 32, 64, new_tokens=2)
+    cache = filled(key, value, bar, 16, [20])
+    with pytest.raises(ValueError, match="one new token"):
+        DecodeStep(query, cache, DashOptions(16), new=(key[:, :, :2], value[:, :, :2], bar))
+
+
 def test_several_new_tokens_across_a_chunk_border():
     compare(*draw(2, 4, 2, 96, 64, new_tokens=3, seed=3), [65, 90], DashOptions(16, bias_mode="raw"))
 
