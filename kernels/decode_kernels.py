@@ -77,6 +77,47 @@ def _append_to_chunk(
 
 
 @triton.jit
+def _append_token(
+    new_key, new_value, key, value, summaries, summary_query, page_table,
+    new_key_strides, new_value_strides, key_strides, value_strides, summary_strides, page_table_stride,
+    chunks_per_page, position, head, sequence, scale, C: tl.constexpr, D: tl.constexpr, PAGED: tl.constexpr,
+):  # fmt: skip
+    """Write one new token, and summarise its chunk if it completes it."""
+    chunk = position // C
+    o_d = tl.arange(0, D)
+    page, inside = _page_of(page_table, page_table_stride, sequence, chunk, chunks_per_page, PAGED)
+    slot = (inside * C + position % C).to(tl.int64)
+    b_key = tl.load(new_key + sequence * new_key_strides[0] + head * new_key_strides[1] + o_d)  # [D]
+    b_value = tl.load(new_value + sequence * new_value_strides[0] + head * new_value_strides[1] + o_d)
+    p_key = key + page * key_strides[0] + head * key_strides[1]
+    p_value = value + page * value_strides[0] + head * value_strides[1]
+    tl.store(p_key + slot * key_strides[2] + o_d, b_key)
+    tl.store(p_value + slot * value_strides[2] + o_d, b_value)
+    if position % C == C - 1:
+        # Earlier tokens come from the cache and the new one from registers: no read after write. Rows a few
+        # at a time: this path must not cost the scores' programs their registers.
+        b_query = tl.load(summary_query + head * D + o_d).to(tl.float32)
+        b_summary = b_key.to(tl.float32)
+        peak = tl.sum(b_summary * b_query, 0) * scale
+        total = peak * 0 + 1.0
+        for first in range(0, C, 16):
+            o_c = first + tl.arange(0, 16)
+            place = (inside * C + o_c).to(tl.int64)
+            earlier = o_c < C - 1
+            p_old = p_key + place[:, None] * key_strides[2] + o_d[None, :]
+            b_old = tl.load(p_old, earlier[:, None], 0.0).to(tl.float32)  # [16, D]
+            logits = tl.where(earlier, tl.sum(b_old * b_query[None, :], 1) * scale, float("-inf"))
+            new_peak = tl.maximum(peak, tl.max(logits, 0))
+            rescale = tl.exp(peak - new_peak)
+            weights = tl.exp(logits - new_peak)
+            total = total * rescale + tl.sum(weights, 0)
+            b_summary = b_summary * rescale + tl.sum(b_old * weights[:, None], 0)
+            peak = new_peak
+        p_summary = summaries + page * summary_strides[0] + head * summary_strides[1]
+        tl.store(p_summary + inside.to(tl.int64) * summary_strides[2] + o_d, b_summary / total)
+
+
+@triton.jit
 def append_kernel(
     new_key, new_value, key, value, summaries, summary_query, lengths, page_table, tickets,
     new_key_strides, new_value_strides, key_strides, value_strides, summary_strides, page_table_stride,
@@ -128,11 +169,10 @@ def scores_kernel(
     if APPEND:  # noqa: SIM102  (compile time, then run time)
         if tile == tl.num_programs(0) - 1:
             visible = 0
-            _append_to_chunk(
+            _append_token(
                 new_key, new_value, key, value, summaries, summary_query, page_table,
                 new_key_strides, new_value_strides, key_strides, value_strides, summary_strides,
-                page_table_stride, chunks_per_page, position // C, head, sequence, position, 1, key_scale,
-                C, D, PAGED,
+                page_table_stride, chunks_per_page, position, head, sequence, key_scale, C, D, PAGED,
             )  # fmt: skip
     if tile * TILE < visible:
         kv_heads = tl.num_programs(1)
