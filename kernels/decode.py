@@ -3,7 +3,7 @@
 Source: DashAttention (arXiv 2605.18753). Stages, each callable on its own on one `DecodeStep`:
 
     append    write new keys and values, summarise chunks that they complete, advance the lengths; for one new
-              token `scores` can do it on the side
+              token `scores` and `attend` can do it on the side
     scores    γ ⟨q, k̄⟩ / √D over the visible chunks
     route     entmax, mean over the group, list of active chunks in ascending order
     attend    attention over the list, every split an equal share of it
@@ -178,18 +178,18 @@ class DecodeStep:
         return {"PAGED": self.cache.page_table is not None, "PDL": self.launch.overlap, **launch}
 
     def scores(self) -> None:
-        """Routing scores into the workspace, and the new token into the cache."""
+        """Routing scores into the workspace, and the new token, if it was given, into the cache."""
         cache, space = self.cache, self.workspace
         table, table_stride, per_page = self._pages()
         tile = self.launch.score_tile
         tiles = triton.cdiv(self.chunks, tile) + (self.new is not None)
-        new_key, new_value, summary_query = self.new or (self.query,) * 3  # not read without a new token
+        new_key, new_value, _ = self.new or (self.query,) * 3  # not read without a new token
         scores_kernel[(tiles, self.kv_heads, self.rows)](
             self.query, cache.summaries, cache.lengths, table, space.scores, space.weights,
-            new_key, new_value, cache.key, cache.value, summary_query,
+            new_key, new_value, cache.key, cache.value,
             _strides(self.query), _strides(cache.summaries), _strides(new_key), _strides(new_value),
             _strides(cache.key), _strides(cache.value), table_stride, per_page, self.new_tokens,
-            self.chunks, self.options.scaling_factor * self.scale, self.scale,
+            self.chunks, self.options.scaling_factor * self.scale,
             G=self.group, ROWS=_rows(self.group), C=self.options.chunk_size, D=self.head_dim, TILE=tile,
             COMPLETED=self.options.visibility == "completed", APPEND=self.new is not None, num_warps=4,
             **self._common(),
@@ -212,15 +212,18 @@ class DecodeStep:
     def attend(self) -> None:
         """Partial attention of every split."""
         cache, space = self.cache, self.workspace
-        per_page = self._pages()[2]
-        attend_kernel[(space.splits, self.kv_heads, self.rows)](
+        table, table_stride, per_page = self._pages()
+        summary_query = self.new[2] if self.new else self.query  # not read without a new token
+        attend_kernel[(space.splits + (self.new is not None), self.kv_heads, self.rows)](
             self.query, cache.key, cache.value, space.lists if cache.page_table is None else space.places,
             space.biases, space.counts, cache.lengths, space.partial_output, space.partial_statistics,
-            _strides(self.query), _strides(cache.key), _strides(cache.value), per_page, self.new_tokens,
-            self.chunks, self.scale * LOG2_E,
+            cache.summaries, summary_query, table,
+            _strides(self.query), _strides(cache.key), _strides(cache.value), _strides(cache.summaries),
+            table_stride, per_page, self.new_tokens, self.chunks, space.splits, self.scale,
+            self.scale * LOG2_E,
             G=self.group, ROWS=_rows(self.group), C=self.options.chunk_size, D=self.head_dim,
             BLOCK=max(64, self.options.chunk_size), STAGES=self.launch.stages, BIAS=self.options.bias_mode,
-            num_warps=self.launch.attend_warps, **self._common(),
+            SUMMARIZE=self.new is not None, num_warps=self.launch.attend_warps, **self._common(),
         )  # fmt: skip
 
     def combine(self) -> torch.Tensor:
@@ -300,11 +303,12 @@ def _rows(group: int) -> int:
 
 
 def _splits(groups: int, chunks: int, device: torch.device) -> int:
-    """Programs a group so that all groups together fill the device twice, one chunk a program at least."""
+    """Programs a group: three for each multiprocessor, as many as its shared memory holds, but no more than
+    `combine` joins cheaply, and one chunk a program at least. Measured: LOG.md, Decode."""
     processors = 4
     if device.type == "cuda":
         processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, min(2 * processors // groups, 128, chunks))
+    return max(1, min(3 * processors // groups, 64, chunks))
 
 
 def _strides(x: torch.Tensor) -> tuple[int, int, int]:

@@ -77,44 +77,47 @@ def _append_to_chunk(
 
 
 @triton.jit
-def _append_token(
-    new_key, new_value, key, value, summaries, summary_query, page_table,
-    new_key_strides, new_value_strides, key_strides, value_strides, summary_strides, page_table_stride,
-    chunks_per_page, position, head, sequence, scale, C: tl.constexpr, D: tl.constexpr, PAGED: tl.constexpr,
+def _write_token(
+    new_key, new_value, key, value, page_table, new_key_strides, new_value_strides, key_strides,
+    value_strides, page_table_stride, chunks_per_page, position, head, sequence,
+    C: tl.constexpr, D: tl.constexpr, PAGED: tl.constexpr,
 ):  # fmt: skip
-    """Write one new token, and summarise its chunk if it completes it."""
-    chunk = position // C
+    """Write one new token of one head to the cache."""
     o_d = tl.arange(0, D)
-    page, inside = _page_of(page_table, page_table_stride, sequence, chunk, chunks_per_page, PAGED)
+    page, inside = _page_of(page_table, page_table_stride, sequence, position // C, chunks_per_page, PAGED)
     slot = (inside * C + position % C).to(tl.int64)
     b_key = tl.load(new_key + sequence * new_key_strides[0] + head * new_key_strides[1] + o_d)  # [D]
     b_value = tl.load(new_value + sequence * new_value_strides[0] + head * new_value_strides[1] + o_d)
-    p_key = key + page * key_strides[0] + head * key_strides[1]
+    tl.store(key + page * key_strides[0] + head * key_strides[1] + slot * key_strides[2] + o_d, b_key)
     p_value = value + page * value_strides[0] + head * value_strides[1]
-    tl.store(p_key + slot * key_strides[2] + o_d, b_key)
     tl.store(p_value + slot * value_strides[2] + o_d, b_value)
-    if position % C == C - 1:
-        # Earlier tokens come from the cache and the new one from registers: no read after write. Rows a few
-        # at a time: this path must not cost the scores' programs their registers.
-        b_query = tl.load(summary_query + head * D + o_d).to(tl.float32)
-        b_summary = b_key.to(tl.float32)
-        peak = tl.sum(b_summary * b_query, 0) * scale
-        total = peak * 0 + 1.0
-        for first in range(0, C, 16):
-            o_c = first + tl.arange(0, 16)
-            place = (inside * C + o_c).to(tl.int64)
-            earlier = o_c < C - 1
-            p_old = p_key + place[:, None] * key_strides[2] + o_d[None, :]
-            b_old = tl.load(p_old, earlier[:, None], 0.0).to(tl.float32)  # [16, D]
-            logits = tl.where(earlier, tl.sum(b_old * b_query[None, :], 1) * scale, float("-inf"))
-            new_peak = tl.maximum(peak, tl.max(logits, 0))
-            rescale = tl.exp(peak - new_peak)
-            weights = tl.exp(logits - new_peak)
-            total = total * rescale + tl.sum(weights, 0)
-            b_summary = b_summary * rescale + tl.sum(b_old * weights[:, None], 0)
-            peak = new_peak
-        p_summary = summaries + page * summary_strides[0] + head * summary_strides[1]
-        tl.store(p_summary + inside.to(tl.int64) * summary_strides[2] + o_d, b_summary / total)
+
+
+@triton.jit
+def _summarize_chunk(
+    key, summaries, summary_query, page_table, key_strides, summary_strides, page_table_stride,
+    chunks_per_page, chunk, head, sequence, scale, C: tl.constexpr, D: tl.constexpr, PAGED: tl.constexpr,
+):  # fmt: skip
+    """k̄ of a complete chunk of one head, 16 rows at a time: few registers."""
+    o_d = tl.arange(0, D)
+    page, inside = _page_of(page_table, page_table_stride, sequence, chunk, chunks_per_page, PAGED)
+    p_key = key + page * key_strides[0] + head * key_strides[1]
+    b_query = tl.load(summary_query + head * D + o_d).to(tl.float32)
+    peak = tl.sum(b_query, 0) * 0 + float("-inf")
+    total = tl.sum(b_query, 0) * 0
+    b_summary = tl.zeros([D], tl.float32)
+    for first in range(0, C, 16):
+        place = (inside * C + first + tl.arange(0, 16)).to(tl.int64)
+        b_key = tl.load(p_key + place[:, None] * key_strides[2] + o_d[None, :]).to(tl.float32)  # [16, D]
+        logits = tl.sum(b_key * b_query[None, :], 1) * scale
+        new_peak = tl.maximum(peak, tl.max(logits, 0))
+        rescale = tl.exp(peak - new_peak)
+        weights = tl.exp(logits - new_peak)
+        total = total * rescale + tl.sum(weights, 0)
+        b_summary = b_summary * rescale + tl.sum(b_key * weights[:, None], 0)
+        peak = new_peak
+    p_summary = summaries + page * summary_strides[0] + head * summary_strides[1]
+    tl.store(p_summary + inside.to(tl.int64) * summary_strides[2] + o_d, b_summary / total)
 
 
 @triton.jit
@@ -149,16 +152,16 @@ def append_kernel(
 @triton.jit
 def scores_kernel(
     query, summaries, lengths, page_table, scores, weights,
-    new_key, new_value, key, value, summary_query,
+    new_key, new_value, key, value,
     query_strides, summary_strides, new_key_strides, new_value_strides, key_strides, value_strides,
-    page_table_stride, chunks_per_page, new_tokens, capacity, scale, key_scale,
+    page_table_stride, chunks_per_page, new_tokens, capacity, scale,
     G: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr,
     COMPLETED: tl.constexpr, APPEND: tl.constexpr, PAGED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """scores[row, h, c] = γ ⟨q_h, k̄_c⟩ / √D for one tile of visible chunks; clears the tile's weights.
 
     With `APPEND` the last tile is no tile: its program writes the sequence's one new token to the cache,
-    which no score of this step reads, and summarises the chunk that it completes, for the steps to come.
+    which no score of this step reads.
     """
     tile, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     _after_previous_kernel(PDL)
@@ -169,10 +172,10 @@ def scores_kernel(
     if APPEND:  # noqa: SIM102  (compile time, then run time)
         if tile == tl.num_programs(0) - 1:
             visible = 0
-            _append_token(
-                new_key, new_value, key, value, summaries, summary_query, page_table,
-                new_key_strides, new_value_strides, key_strides, value_strides, summary_strides,
-                page_table_stride, chunks_per_page, position, head, sequence, key_scale, C, D, PAGED,
+            _write_token(
+                new_key, new_value, key, value, page_table, new_key_strides, new_value_strides,
+                key_strides, value_strides, page_table_stride, chunks_per_page, position, head, sequence,
+                C, D, PAGED,
             )  # fmt: skip
     if tile * TILE < visible:
         kv_heads = tl.num_programs(1)
@@ -262,15 +265,17 @@ def route_kernel(
     _after_previous_kernel(PDL)
     kv_heads = tl.num_programs(0) // G
     head = query_head // G
-    position = tl.load(lengths + row // new_tokens) - new_tokens + (row % new_tokens).to(tl.int32)
-    own = position // C
-    visible = (position + 1) // C if COMPLETED else own
     p_scores = scores + (row * tl.num_programs(0) + query_head) * capacity
     p_weights = weights + (row * kv_heads + head) * capacity
     o_t = tl.arange(0, TILE)
     slope = 1.0 / power  # α − 1
+    # Read before the length is known, so that the two loads travel together; what lies behind is dropped.
+    x = tl.load(p_scores + o_t, o_t < capacity, 0.0)  # [TILE]
+    position = tl.load(lengths + row // new_tokens) - new_tokens + (row % new_tokens).to(tl.int32)
+    own = position // C
+    visible = (position + 1) // C if COMPLETED else own
     if visible > 0:
-        x = tl.load(p_scores + o_t, o_t < visible, float("-inf")) * slope  # [TILE]
+        x = tl.where(o_t < visible, x * slope, float("-inf"))
         peak = tl.max(x, 0)
         for start in range(TILE, visible, TILE):
             later = tl.load(p_scores + start + o_t, start + o_t < visible, float("-inf")) * slope
@@ -358,18 +363,32 @@ def route_kernel(
 @triton.jit
 def attend_kernel(
     query, key, value, places, biases, counts, lengths, partial_output, partial_statistics,
-    query_strides, key_strides, value_strides, chunks_per_page, new_tokens, capacity,
-    scale_log2,
+    summaries, summary_query, page_table,
+    query_strides, key_strides, value_strides, summary_strides, page_table_stride, chunks_per_page,
+    new_tokens, capacity, splits, scale, scale_log2,
     G: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
-    STAGES: tl.constexpr, BIAS: tl.constexpr, PAGED: tl.constexpr, PDL: tl.constexpr,
+    STAGES: tl.constexpr, BIAS: tl.constexpr, SUMMARIZE: tl.constexpr, PAGED: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """Attention of one group over one split's equal share of the listed chunks, BLOCK tokens at a time."""
+    """Attention of one group over one split's equal share of the listed chunks, BLOCK tokens at a time.
+
+    With `SUMMARIZE` there is one program more: it summarises the chunk that the sequence's new token
+    completes, for the steps to come, while the others attend.
+    """
     split, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     _after_previous_kernel(PDL)
-    splits, kv_heads = tl.num_programs(0), tl.num_programs(1)
+    kv_heads = tl.num_programs(1)
     sequence = (row // new_tokens).to(tl.int64)
     token = row % new_tokens
     position = tl.load(lengths + sequence) - new_tokens + token
+    if SUMMARIZE:  # noqa: SIM102  (compile time, then run time)
+        if split == splits:
+            if position % C == C - 1:
+                _summarize_chunk(
+                    key, summaries, summary_query, page_table, key_strides, summary_strides,
+                    page_table_stride, chunks_per_page, position // C, head, sequence, scale, C, D, PAGED,
+                )  # fmt: skip
+            return
     group = row.to(tl.int64) * kv_heads + head
     count = tl.load(counts + group)
     CHUNKS: tl.constexpr = BLOCK // C

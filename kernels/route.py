@@ -377,6 +377,13 @@ def tile_size(group: int, chunk_size: int, rows: int = 128) -> int:
     return max(1, min(rows // triton.next_power_of_2(group), 16, chunk_size))
 
 
+def _launch(rows: int, compact: bool) -> dict:
+    """Measured best on an H200 (LOG.md, Route 3 and 8): with candidates three programs of 128 rows share a
+    multiprocessor."""
+    shape = {"BLOCK": 32 if compact else 64, "num_warps": 8 if rows >= 128 else 4, "num_stages": 2}
+    return {**shape, "maxnreg": 80} if compact and rows >= 128 else shape
+
+
 def route_chunks(
     query: torch.Tensor,
     summaries: torch.Tensor,
@@ -391,7 +398,7 @@ def route_chunks(
     save: bool = False,
     bias_mode: str = "none",
     sigma: float = 1.0,
-    compact: bool = False,
+    compact: bool = True,
     launch: dict | None = None,
 ) -> Routes:
     """Routes every query of a causal sequence.
@@ -411,8 +418,8 @@ def route_chunks(
         bias_mode: `centered` or `raw` also return the prior's bias, T times as large as the lists; `none`.
         sigma: σ of `centered`.
         compact: search the threshold among the candidates only, not among all chunks again; the result is
-            the same. Always off for `completed`, where the own chunk takes part in the threshold but has no
-            place in the list.
+            the same. Always off for α other than 1.5, and for `completed`, where the own chunk takes part in
+            the threshold but has no place in the list.
         launch: Triton launch options that replace the default ones (BLOCK chunks at a time,
             num_warps, num_stages, maxnreg).
 
@@ -447,6 +454,7 @@ def route_chunks(
     query = query if query.stride(-1) == 1 else query.contiguous()
     fast = alpha == 1.5
     rows = tile * padded_heads
+    compact = compact and fast and visibility == "own"
     _route_kernel[(tiles * batch * kv_heads,)](
         query, summaries, entries, counts, tau if save else counts, mask if save else counts,
         active if save else counts, bias if bias is not None else counts,
@@ -458,7 +466,7 @@ def route_chunks(
         GROUP=group, HEADS=padded_heads, TILE=tile, CHUNK=chunk_size, HEAD_DIM=dim,
         ALPHA_1_5=fast, COMPLETED=visibility == "completed", FORCE_PREVIOUS=forced == "own_and_previous",
         PADDED=left_padding is not None, SAVE=save,
-        BIAS=("none", "centered", "raw").index(bias_mode), COMPACT=compact and fast and visibility == "own",
-        **{"BLOCK": 64, "num_warps": 8 if rows >= 128 else 4, "num_stages": 2, **(launch or {})},
+        BIAS=("none", "centered", "raw").index(bias_mode), COMPACT=compact,
+        **{**_launch(rows, compact), **(launch or {})},
     )  # fmt: skip
     return Routes(entries, counts, tile, chunk_size, tau, mask, active, bias)

@@ -101,8 +101,8 @@ def relative(ours, exact):
 def well_conditioned(weakest, alpha, group):
     """Queries whose weakest chunk (its weight: `[B, Hkv, N]`) is above the threshold by 2e-3 in some head.
 
-    The gradient through log w grows like 1 / excess, which magnifies the float32 rounding of the scores without
-    limit: the other queries get no gradient of the output.
+    The gradient through log w grows like 1 / excess, which magnifies the float32 rounding of the scores
+    without limit: the other queries get no gradient of the output.
     """
     kept = weakest > 2e-3 ** (1 / (alpha - 1)) / group
     assert kept.float().mean() > 0.5
