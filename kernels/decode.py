@@ -43,6 +43,8 @@ class DecodeCache:
         summaries: `[pages, Hkv, page_size / C, D]`, k̄ of complete chunks, paged alongside.
         lengths: `[B]` int32, tokens in the cache, on the device.
         page_table: `[B, pages a sequence]` int32, or None.
+        left_padding: `[B]` int32, leading tokens of each sequence that are padding, counted by `lengths`; or None.
+            Chunks keep their padded places.
     """
 
     key: torch.Tensor
@@ -50,6 +52,7 @@ class DecodeCache:
     summaries: torch.Tensor
     lengths: torch.Tensor
     page_table: torch.Tensor | None = None
+    left_padding: torch.Tensor | None = None
 
     @property
     def capacity(self) -> int:
@@ -175,7 +178,8 @@ class DecodeStep:
 
     def _common(self):
         launch = {"launch_pdl": True} if self.launch.overlap else {}
-        return {"PAGED": self.cache.page_table is not None, "PDL": self.launch.overlap, **launch}
+        padded, paged = self.cache.left_padding is not None, self.cache.page_table is not None
+        return {"PADDED": padded, "PAGED": paged, "PDL": self.launch.overlap, **launch}
 
     def scores(self) -> None:
         """Routing scores into the workspace, and the new token into the cache."""
@@ -185,7 +189,7 @@ class DecodeStep:
         tiles = triton.cdiv(self.chunks, tile) + (self.new is not None)
         new_key, new_value, summary_query = self.new or (self.query,) * 3  # not read without a new token
         scores_kernel[(tiles, self.kv_heads, self.rows)](
-            self.query, cache.summaries, cache.lengths, table, space.scores, space.weights,
+            self.query, cache.summaries, cache.lengths, _padding(cache), table, space.scores, space.weights,
             new_key, new_value, cache.key, cache.value, summary_query,
             _strides(self.query), _strides(cache.summaries), _strides(new_key), _strides(new_value),
             _strides(cache.key), _strides(cache.value), table_stride, per_page, self.new_tokens,
@@ -201,7 +205,7 @@ class DecodeStep:
         table, table_stride, per_page = self._pages()
         route_kernel[(self.kv_heads * self.group, self.rows)](
             space.scores, space.weights, space.lists, space.places, space.biases, space.counts,
-            self.cache.lengths, table, space.route_tickets, table_stride, per_page, self.new_tokens,
+            self.cache.lengths, _padding(self.cache), table, space.route_tickets, table_stride, per_page, self.new_tokens,
             self.chunks, 1 / (options.alpha - 1), 1 / options.sigma,
             G=self.group, C=options.chunk_size, TILE=min(ROUTE_TILE, triton.next_power_of_2(self.chunks)),
             ALPHA_IS_1_5=options.alpha == 1.5, BIAS=options.bias_mode,
@@ -214,8 +218,10 @@ class DecodeStep:
         cache, space = self.cache, self.workspace
         per_page = self._pages()[2]
         attend_kernel[(space.splits, self.kv_heads, self.rows)](
-            self.query, cache.key, cache.value, space.lists if cache.page_table is None else space.places,
-            space.biases, space.counts, cache.lengths, space.partial_output, space.partial_statistics,
+            self.query, cache.key, cache.value,
+            space.lists, space.lists if cache.page_table is None else space.places,
+            space.biases, space.counts, cache.lengths, _padding(cache), space.partial_output,
+            space.partial_statistics,
             _strides(self.query), _strides(cache.key), _strides(cache.value), per_page, self.new_tokens,
             self.chunks, self.scale * LOG2_E,
             G=self.group, ROWS=_rows(self.group), C=self.options.chunk_size, D=self.head_dim,
@@ -226,7 +232,7 @@ class DecodeStep:
     def combine(self) -> torch.Tensor:
         """Join the splits; returns the output `[B, Hq, T, D]`."""
         space, common, width = self.workspace, self._common(), 32
-        del common["PAGED"]
+        del common["PADDED"], common["PAGED"]
         combine_kernel[(self.head_dim // width, self.kv_heads * self.group, self.rows)](
             space.partial_output, space.partial_statistics, self.output, _strides(self.output),
             self.new_tokens, space.splits,
@@ -271,10 +277,11 @@ def append(
         per_page = cache.key.shape[2] // chunk_size
     launch = {"launch_pdl": True} if overlap else {}
     append_kernel[((new_tokens - 1) // chunk_size + 2, kv_heads, batch)](
-        new_key, new_value, cache.key, cache.value, cache.summaries, summary_query, cache.lengths, table,
-        tickets, _strides(new_key), _strides(new_value), _strides(cache.key), _strides(cache.value),
+        new_key, new_value, cache.key, cache.value, cache.summaries, summary_query, cache.lengths,
+        _padding(cache), table, tickets, _strides(new_key), _strides(new_value), _strides(cache.key), _strides(cache.value),
         _strides(cache.summaries), table_stride, per_page, new_tokens, head_dim**-0.5,
-        C=chunk_size, D=head_dim, PAGED=cache.page_table is not None, PDL=overlap, num_warps=4, **launch,
+        C=chunk_size, D=head_dim, PADDED=cache.left_padding is not None, PAGED=cache.page_table is not None,
+        PDL=overlap, num_warps=4, **launch,
     )  # fmt: skip
 
 
@@ -305,6 +312,11 @@ def _splits(groups: int, chunks: int, device: torch.device) -> int:
     if device.type == "cuda":
         processors = torch.cuda.get_device_properties(device).multi_processor_count
     return max(1, min(2 * processors // groups, 128, chunks))
+
+
+def _padding(cache: DecodeCache) -> torch.Tensor:
+    """The pointer that kernels read with PADDED; else any."""
+    return cache.lengths if cache.left_padding is None else cache.left_padding
 
 
 def _strides(x: torch.Tensor) -> tuple[int, int, int]:
