@@ -134,7 +134,7 @@ def _scores_kernel(
         for offset in tl.static_range(-1, 4):
             t = block * 4 + offset
             inside = (t >= 0) & (t < seen)
-            z = tl.load(p_logits + t[None, :], (o_g < G)[:, None] & inside[None, :], float("-inf"))
+            z = tl.load(p_logits + t[None, :], (o_g < G)[:, None] & inside[None, :], 0.0)
             weight = tl.where(inside[None, :] & (o_g < G)[:, None], tl.exp2(z - level[:, None]), 0.0)
             importance = tl.sum(weight, 0)
             if MAX_RULE:
