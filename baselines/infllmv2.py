@@ -32,7 +32,7 @@ from dashbench.kernels.attend import block_sparse_attention, kernel_for, routes_
 from dashbench.kernels.band import Band, band_forward
 from dashbench.kernels.compress import mean_windows
 from dashbench.kernels.decode_blocks import BlockDecodeStep, append_token
-from dashbench.kernels.select_blocks import BlockChoice, select_blocks
+from dashbench.kernels.selection import BlockChoice, select_blocks
 
 NAMES = ("query", "key", "value")
 

@@ -38,7 +38,7 @@ from dashbench.kernels.band import Band, band_attention
 from dashbench.kernels.compress import window_count
 from dashbench.kernels.decode_blocks import BlockDecodeStep, append_token
 from dashbench.kernels.gated_sum import gated_sum
-from dashbench.kernels.select_blocks import BlockChoice, select_blocks
+from dashbench.kernels.selection import BlockChoice, select_blocks
 
 NAMES = ("query", "key", "value")
 Weights = Mapping[str, torch.Tensor]

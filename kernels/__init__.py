@@ -17,7 +17,7 @@ _HOME = {
     "block_sparse_attention": "attend",
     "routes_of_mask": "attend",
     "band_attention": "band",
-    "select_blocks": "select_blocks",
+    "select_blocks": "selection",
     "mean_windows": "compress",
     "BlockDecodeStep": "decode_blocks",
 }

@@ -26,7 +26,7 @@ import triton.language as tl
 
 from dashbench.kernels.band import Band
 from dashbench.kernels.decode_kernels import _after_previous_kernel, attend_kernel, combine_kernel
-from dashbench.kernels.select_blocks import BlockChoice, choose_blocks
+from dashbench.kernels.selection import BlockChoice, choose_blocks
 
 LOG2_E = 1.4426950408889634
 MAX_SPLITS = 128

@@ -13,7 +13,7 @@ from dashbench.baselines.block_selection import (
 from dashbench.baselines.selected_blocks import blocks_of_mask
 from dashbench.kernels.band import Band, band_forward
 from dashbench.kernels.compress import mean_windows
-from dashbench.kernels.select_blocks import BlockChoice, select_blocks
+from dashbench.kernels.selection import BlockChoice, select_blocks
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
