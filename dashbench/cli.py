@@ -81,6 +81,9 @@ def run(
         str | None, typer.Option(help="stop cleanly after this long, e.g. 8m", metavar="TIME")
     ] = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="measure failed points again")] = False,
+    again: Annotated[
+        bool, typer.Option("--again", help="measure finished points once more; the newest row counts")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")] = False,
 ) -> None:
     """Measure every point of SUITE that is not finished yet. Run it again to go on where it stopped."""
@@ -100,7 +103,7 @@ def run(
     with Progress(loaded.id) as progress:
         try:
             run_kind = imported(loaded.spec.RUN)
-            summary = run_kind(loaded, folder, names, budget, retry_failed, progress.event)
+            summary = run_kind(loaded, folder, names, budget, retry_failed, progress.event, again)
         except (StoreError, WorkerFailed) as problem:
             progress.stop()
             _stop(str(problem))

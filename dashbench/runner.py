@@ -304,7 +304,7 @@ class Runner:
 
     # the work
 
-    def run(self, points: list[Point], retry_failed: bool) -> Summary:
+    def run(self, points: list[Point], retry_failed: bool, again: bool) -> Summary:
         """Runs what is not finished yet; see `run_suite`."""
         first = points[0].method
         environment, _ = self._environment(first)
@@ -318,7 +318,7 @@ class Runner:
         todo = []
         for point in points:
             row = self.store.find(point.key(), self._environment(point.method)[1])
-            if row is not None and (row["status"] in DONE or not retry_failed):
+            if not again and row is not None and (row["status"] in DONE or not retry_failed):
                 self.summary.already += 1
             else:
                 todo.append(point)
@@ -448,6 +448,7 @@ def run_suite(
     time_budget_s: float | None = None,
     retry_failed: bool = False,
     on_event: Callable[[Event], None] = lambda event: None,
+    again: bool = False,
 ) -> Summary:
     """Measures every point of a suite that is not finished yet, one row at a time.
 
@@ -458,6 +459,7 @@ def run_suite(
         time_budget_s: stop cleanly after this many seconds; the same call goes on later.
         retry_failed: also run points again whose newest row is neither ok nor skipped.
         on_event: told of every step.
+        again: measure finished points once more, as after a change of a method; the newest row counts.
 
     Returns:
         The summary of this call.
@@ -472,7 +474,7 @@ def run_suite(
             on_event(Event("notice", text=notice))
         runner = Runner(suite, store, on_event, time_budget_s)
         try:
-            return runner.run(points, retry_failed)
+            return runner.run(points, retry_failed, again)
         except KeyboardInterrupt:
             runner.summary.interrupted = True
             return runner.summary

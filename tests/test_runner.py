@@ -145,3 +145,13 @@ def test_a_method_from_outside_the_tree(tmp_path, entry_points):
     assert registry()["example@sdpa"].summary.startswith("softmax attention")
     suite = load_suite(suite_file(tmp_path, "[example@sdpa]"))
     assert run_suite(suite, tmp_path / "out").counts == {"ok": 1}
+
+
+def test_finished_points_are_measured_again_on_request_only(tmp_path):
+    suite = load_suite(fake_suite(tmp_path, 4))
+    first = run_suite(suite, tmp_path / "out")
+    assert run_suite(suite, tmp_path / "out").counts == {}
+    again = run_suite(suite, tmp_path / "out", only=["dense@math"], again=True)
+    assert again.counts == {"ok": 2} and first.counts == {"ok": 4}
+    rows = read_rows(first.store)
+    assert len(rows) == 6 and len(newest(rows)) == 4
