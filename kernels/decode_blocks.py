@@ -427,13 +427,14 @@ class BlockDecodeStep:
     def attend(self) -> None:
         """Partial attention over the chosen blocks."""
         attend_kernel[(self.splits, self.kv_heads, self.rows)](
-            self.query, self.key, self.value, self.lists, self.block_scores, self.counts, self.lengths,
-            self.partial_output, self.partial_statistics,
-            self.query.stride()[:3], self.key.stride()[:3], self.value.stride()[:3], self.blocks,
-            self.new_tokens, self.blocks, self.scale * LOG2_E,
+            self.query, self.key, self.value, self.lists, self.lists, self.block_scores, self.counts,
+            self.lengths, self.lengths, self.partial_output, self.partial_statistics,
+            self.key, self.query, self.lengths,  # of summaries: there are none
+            self.query.stride()[:3], self.key.stride()[:3], self.value.stride()[:3], self.key.stride()[:3],
+            0, self.blocks, self.new_tokens, self.blocks, self.splits, self.scale, self.scale * LOG2_E,
             G=self.group, ROWS=_rows(self.group), C=self.choice.block_size, D=self.dim,
-            BLOCK=max(64, self.choice.block_size), STAGES=self.stages, BIAS="none", PAGED=False, num_warps=4,
-            **self._common(),
+            BLOCK=max(64, self.choice.block_size), STAGES=self.stages, BIAS="none", SUMMARIZE=False,
+            PADDED=False, PAGED=False, num_warps=4, **self._common(),
         )  # fmt: skip
 
     def slide(self) -> None:
