@@ -1,8 +1,8 @@
 """Which kernels a call would compile, found without a GPU: `python tests/compilations.py [--compile]`.
 
 Every launch stops where Triton has chosen what to compile: its key is recorded (the signature, with what is
-specialised on values, and the constants), and with `--compile` it is compiled for an H200 (sm_90a). Prints one
-JSON object: scenario → the kernels that it compiled and the scenarios before it had not.
+specialised on values, and the constants), and with `--compile` it is compiled for an H200 (sm_90a). Prints
+one JSON object: scenario → the kernels that it compiled and the scenarios before it had not.
 """
 
 from __future__ import annotations

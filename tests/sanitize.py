@@ -3,9 +3,9 @@
     compute-sanitizer --tool memcheck --error-exitcode 9 python tests/sanitize.py
     compute-sanitizer --tool racecheck --error-exitcode 9 python tests/sanitize.py
 
-Every tensor gets an allocation of its own (`PYTORCH_NO_CUDA_MEMORY_CACHING`), so that a step outside one is seen.
-Run it once without the checker before: compiling under it takes minutes. `python tests/sanitize.py NAME …` runs
-the calls whose names contain one of the words.
+Every tensor gets an allocation of its own (`PYTORCH_NO_CUDA_MEMORY_CACHING`), so that a step outside one is
+seen. Run it once without the checker before: compiling under it takes minutes. `python tests/sanitize.py
+NAME …` runs the calls whose names contain one of the words.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The whole operator on a GPU: every supported shape and order, packed and padded sequences, decode in pieces,
+"""The whole operator on a GPU: supported shapes and layouts, packed and padded sequences, decode in pieces,
 dense fallback, long sequences, compilation, and a memory checker."""
 
 import os
@@ -44,8 +44,11 @@ def name(case):
 
 
 def check_given_routing(out, q, k, v, s, options, routes):
-    """Against the specification over the kernel's own selection. A chunk that bf16 summaries have moved into the
-    selection has no bias there, so with `raw`, where biases are large, rows with another selection are left out."""
+    """Against the specification over the kernel's own selection.
+
+    A chunk that bf16 summaries have moved into the selection has no bias there, so with `raw`, where biases are
+    large, rows with another selection are left out.
+    """
     n = q.shape[2]
     chunks = -(-n // options.chunk_size)
     own = torch.arange(n, device="cuda") // options.chunk_size
