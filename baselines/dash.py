@@ -31,7 +31,7 @@ from dashbench.baselines.attention_reference import (
 from dashbench.baselines.dash_reference import expectation, options_for
 from dashbench.kernels.attend import block_sparse_attention, kernel_for
 from dashbench.kernels.dash import dash_attention, prior_is_negligible, route_with
-from dashbench.kernels.decode import DecodeCache, DecodeLaunch, DecodeStep, append
+from dashbench.kernels.decode import DecodeCache, DecodeStep, append
 from dashbench.kernels.reference import DashOptions
 from dashbench.kernels.reference import dash_attention as specified
 from dashbench.kernels.route import Routes
@@ -169,14 +169,6 @@ def _dense(problem: Problem, dense_below: int, notes: dict[str, Any]) -> Operato
     )
 
 
-def _decode_launch(problem: Problem) -> DecodeLaunch:
-    """Measured best on an H200 at 16k to 128k (kernels/LOG.md, Decode); dependent launches need Hopper."""
-    if not problem.query.is_cuda:
-        return DecodeLaunch()
-    hopper = torch.cuda.get_device_capability(problem.query.device)[0] >= 9
-    return DecodeLaunch(score_tile=64, route_warps=8, overlap=hopper)
-
-
 def _decode(problem: Problem, options: DashOptions, notes: dict[str, Any]) -> Operator:
     """One new token against a cache that holds all tokens before it, and its summaries."""
     chunk, length = options.chunk_size, problem.key.shape[2]
@@ -202,7 +194,7 @@ def _decode(problem: Problem, options: DashOptions, notes: dict[str, Any]) -> Op
     )
     aside = options.visibility == "own"
     try:
-        step = DecodeStep(problem.query, cache, options, _decode_launch(problem), new=new if aside else None)
+        step = DecodeStep(problem.query, cache, options, new=new if aside else None)
     except ValueError as refused:
         raise Unsupported(str(refused)) from None
 
@@ -243,5 +235,5 @@ def _decode(problem: Problem, options: DashOptions, notes: dict[str, Any]) -> Op
             "attend": step.attend,
             "combine": step.combine,
         },
-        notes={**notes, "splits": step.workspace.splits},
+        notes={**notes, "splits": step.workspace.splits, "launch": asdict(step.launch)},
     )

@@ -1,12 +1,13 @@
-"""Launch choices of the kernels: a table of what was measured, a user's file before it, and a search that fills one.
+"""Launch choices of the kernels: a table of what was measured, a user's file before it, and a search that
+fills one.
 
-Nothing is tuned behind the caller's back: a kernel asks `choose`, which reads the tables and returns the first rule
-that fits, or nothing, and then the kernel's own defaults stand. Rules are keyed by what changes the best choice:
-architecture, head dim, chunk size, group, dtype, and a range of lengths wide enough that a growing sequence compiles
-a handful of variants, not one a length.
+Nothing is tuned behind the caller's back: a kernel asks `choose`, which reads the tables and returns the
+first rule that fits, or nothing, and then the kernel's own defaults stand. Rules are keyed by what changes
+the best choice: architecture, head dim, chunk size, group, dtype, and a range of lengths wide enough that a
+growing sequence compiles a handful of variants, not one a length.
 
-A user's file is JSON, a list of rules like those of `TABLE`, named by the environment variable `DASHBENCH_TUNING`;
-`tune` writes one. Its rules come first, the last one written before those above it.
+A user's file is JSON, a list of rules like those of `TABLE`, named by the environment variable
+`DASHBENCH_TUNING`; `tune` writes one. Its rules come first, the last one written before those above it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from typing import Any
 import torch
 
 VARIABLE = "DASHBENCH_TUNING"
-STAGES = ("route", "attend", "backward", "decode")
+STAGES = ("route", "route_all", "attend", "backward", "decode")
+"""`route` searches among candidates, `route_all` among all chunks; `attend` is the portable kernel."""
 
 
 @dataclass(frozen=True)
@@ -47,19 +49,23 @@ class Setting:
 # A rule: stage, the launch, where it was measured, and the setting it is for. A setting left out fits any;
 # `tokens` is (from, up to), inclusive. The first rule that fits is taken.
 TABLE: tuple[dict[str, Any], ...] = (
-    # NVIDIA H200, 32 query heads over 2 KV heads, D = 128, C = 64, bf16, 16k to 128k (LOG.md, Route 3 and Decode).
+    # NVIDIA H200, 32 query heads over 2 KV heads, bf16, 16k to 128k tokens; LOG.md: Route 3 and 8, Backward
+    # 4, Decode.
     {
         "stage": "route",
         "arch": "sm_90",
         "head_dim": 128,
         "chunk_size": 64,
         "group": 16,
-        "launch": {"BLOCK": 64, "num_warps": 8, "num_stages": 2},
+        "launch": {"BLOCK": 32, "num_warps": 8, "num_stages": 2, "maxnreg": 80},
     },
     {
-        "stage": "decode",
+        "stage": "route_all",
         "arch": "sm_90",
-        "launch": {"score_tile": 64, "route_warps": 8, "overlap": True},
+        "head_dim": 128,
+        "chunk_size": 64,
+        "group": 16,
+        "launch": {"BLOCK": 64, "num_warps": 8, "num_stages": 2},
     },
     {
         "stage": "backward",
@@ -68,6 +74,11 @@ TABLE: tuple[dict[str, Any], ...] = (
         "chunk_size": 64,
         "group": 16,
         "launch": {"tile": 4, "query_warps": 4, "query_stages": 2, "chunk_warps": 4, "chunk_stages": 2},
+    },
+    {
+        "stage": "decode",
+        "arch": "sm_90",
+        "launch": {"score_tile": 64, "route_warps": 8, "overlap": True},
     },
 )
 
@@ -90,7 +101,7 @@ def setting_of(query: torch.Tensor, kv_heads: int, chunk_size: int, tokens: int 
 
 
 def choose(stage: str, setting: Setting) -> dict[str, Any]:
-    """Launch options of a stage (`route`, `attend`, `backward`, `decode`), empty where no rule fits.
+    """Launch options of a stage, one of `STAGES`; empty where no rule fits.
 
     Raises:
         ValueError: the user's file is no list of rules; the message names the file.
@@ -135,7 +146,9 @@ def read_rules(path: str | Path) -> list[dict[str, Any]]:
     known = {"stage", "launch", "measured", *Setting.__dataclass_fields__}
     for rule in rules if isinstance(rules, list) else [rules]:
         if not isinstance(rule, dict) or rule.get("stage") not in STAGES or "launch" not in rule:
-            raise ValueError(f"{path}: a rule needs a stage of {', '.join(STAGES)} and a launch, got {rule!r}")
+            raise ValueError(
+                f"{path}: a rule needs a stage of {', '.join(STAGES)} and a launch, got {rule!r}"
+            )
         if unknown := set(rule) - known:
             raise ValueError(f"{path}: unknown key {sorted(unknown)[0]!r} in a rule")
     return rules
@@ -147,13 +160,15 @@ def length_range(tokens: int) -> tuple[int, int]:
     return (upper // 2 + 1, upper)
 
 
+_ROUTE = (
+    {"BLOCK": 64, "num_warps": 8, "num_stages": 2},
+    {"BLOCK": 32, "num_warps": 8, "num_stages": 2},
+    {"BLOCK": 32, "num_warps": 8, "num_stages": 2, "maxnreg": 80},
+    {"BLOCK": 64, "num_warps": 4, "num_stages": 2},
+)
 CANDIDATES: dict[str, tuple[dict[str, Any], ...]] = {
-    "route": (
-        {"BLOCK": 64, "num_warps": 8, "num_stages": 2},
-        {"BLOCK": 64, "num_warps": 8, "num_stages": 3, "maxnreg": 128},
-        {"BLOCK": 32, "num_warps": 8, "num_stages": 2, "maxnreg": 80},
-        {"BLOCK": 64, "num_warps": 4, "num_stages": 2},
-    ),
+    "route": _ROUTE,
+    "route_all": _ROUTE,
     "attend": (
         {"num_warps": 8, "num_stages": 2},
         {"num_warps": 8, "num_stages": 3},
@@ -171,11 +186,13 @@ def tune(
     path: str | Path,
     **options,
 ) -> list[dict[str, Any]]:
-    """Times `CANDIDATES` of routing and of the portable attention kernel on these inputs and appends the best ones
-    to a user's file, for lengths of the same power of two. A candidate that does not compile is left out.
+    """Times `CANDIDATES` of routing and of the portable attention kernel on these inputs and appends the
+    best ones to a user's file, for lengths of the same power of two. A candidate that does not compile is
+    left out.
 
     Args:
-        query, key, value, summary_query: as for `dash_attention`, on a GPU: what the caller's model really sees.
+        query, key, value, summary_query: as for `dash_attention`, on a GPU: what the caller's model really
+            sees.
         chunk_size: C.
         path: JSON file of rules, made if missing; name it in `DASHBENCH_TUNING`.
         **options: `scaling_factor`, … of `route_chunks`.
@@ -193,6 +210,9 @@ def tune(
         routes = route_chunks(query, summaries, chunk_size, **options)
         runs: dict[str, Callable[[dict], Any]] = {
             "route": lambda launch: route_chunks(query, summaries, chunk_size, launch=launch, **options),
+            "route_all": lambda launch: route_chunks(
+                query, summaries, chunk_size, launch=launch, compact=False, **options
+            ),
             "attend": lambda launch: block_sparse_attention(
                 query, key, value, routes, kernel="portable", launch=launch
             ),

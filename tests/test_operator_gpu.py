@@ -46,8 +46,8 @@ def name(case):
 def check_given_routing(out, q, k, v, s, options, routes):
     """Against the specification over the kernel's own selection.
 
-    A chunk that bf16 summaries have moved into the selection has no bias there, so with `raw`, where biases are
-    large, rows with another selection are left out.
+    A chunk that bf16 summaries have moved into the selection has no bias there, so with `raw`, where biases
+    are large, rows with another selection are left out.
     """
     n = q.shape[2]
     chunks = -(-n // options.chunk_size)
