@@ -2,12 +2,13 @@
 gradients.
 
 Paper: https://arxiv.org/abs/2605.18753. Parameters (`prepare`) as in `dash_reference`: scaling_factor (the
-knob; larger is sparser), alpha, sigma, bias_mode, forced, visibility, preset. Timed in prefill and training:
-summaries, routing and attention, from q, k, v as a model has them after RoPE. Timed in decode: writing the
-new token to the cache (with the summary of a chunk that it completes), routing and attention; the lengths
-count the new token already, as a model advances them once a step for all its layers. With visibility
-`completed` the cache is appended to by a launch of its own, and its length is set back before every call, a
-launch that a model would not make.
+knob; larger is sparser), alpha, sigma, bias_mode, forced, visibility, preset; and `dense_below`: prefill and
+training of fewer tokens run dense attention and say so in the notes, with its backend (off by default).
+Timed in prefill and training: summaries, routing and attention, from q, k, v as a model has them after RoPE.
+Timed in decode: writing the new token to the cache (with the summary of a chunk that it completes), routing
+and attention; the lengths count the new token already, as a model advances them once a step for all its
+layers. With visibility `completed` the cache is appended to by a launch of its own, and its length is set
+back before every call, a launch that a model would not make.
 
 Debts to the paper: a bias that bf16 weights cannot hold (`centered` with sigma of 1e5 and more) is left out
 of the forward; its gradient is not.
@@ -20,12 +21,17 @@ from typing import Any
 
 import torch
 
-from dashbench.baselines.api import Operator, Problem, Unsupported
-from dashbench.baselines.attention_reference import attention_gradients, small_enough_for_gradients
+from dashbench.baselines.api import Expected, Operator, Problem, Unsupported
+from dashbench.baselines.attention_reference import (
+    attention_gradients,
+    dense_expected,
+    dense_gradients,
+    small_enough_for_gradients,
+)
 from dashbench.baselines.dash_reference import expectation, options_for
 from dashbench.kernels.attend import block_sparse_attention, kernel_for
 from dashbench.kernels.dash import dash_attention, prior_is_negligible, route_with
-from dashbench.kernels.decode import DecodeCache, DecodeLaunch, DecodeStep, append
+from dashbench.kernels.decode import DecodeCache, DecodeStep, append
 from dashbench.kernels.reference import DashOptions
 from dashbench.kernels.reference import dash_attention as specified
 from dashbench.kernels.route import Routes
@@ -35,7 +41,12 @@ NAMES = ("query", "key", "value", "summary_query")
 
 
 def prepare(
-    problem: Problem, *, preset: str | None = None, deterministic: bool = False, **settings: Any
+    problem: Problem,
+    *,
+    preset: str | None = None,
+    deterministic: bool = False,
+    dense_below: int | None = None,
+    **settings: Any,
 ) -> Operator:
     """DashAttention for one problem; `settings` are fields of `DashOptions` but for the chunk size."""
     options = options_for(problem, preset, **settings)
@@ -43,6 +54,8 @@ def prepare(
     chunk = options.chunk_size
     if problem.phase == "decode":
         return _decode(problem, options, {"preset": preset, "options": given})
+    if dense_below is not None and problem.query.shape[2] < dense_below:
+        return _dense(problem, dense_below, {"preset": preset, "options": given})
     try:
         with torch.no_grad():
             _, routes = dash_attention(*(getattr(problem, n) for n in NAMES), return_routing=True, **given)
@@ -52,6 +65,7 @@ def prepare(
         "preset": preset,
         "options": given,
         "tile": routes.tile,
+        "path": "sparse",
         "kernel": kernel_for(problem.query, problem.key, routes),
     }
     summaries = summarize_chunks(problem.key, problem.summary_query, chunk)
@@ -118,12 +132,41 @@ def prepare(
     )
 
 
-def _decode_launch(problem: Problem) -> DecodeLaunch:
-    """Measured best on an H200 at 16k to 128k (kernels/LOG.md, Decode); dependent launches need Hopper."""
-    if not problem.query.is_cuda:
-        return DecodeLaunch()
-    hopper = torch.cuda.get_device_capability(problem.query.device)[0] >= 9
-    return DecodeLaunch(score_tile=64, route_warps=8, overlap=hopper)
+def _dense(problem: Problem, dense_below: int, notes: dict[str, Any]) -> Operator:
+    """The operator below its crossover: dense attention, judged and recorded as such."""
+    tensors = [getattr(problem, n) for n in NAMES]
+
+    def run() -> torch.Tensor:
+        with torch.no_grad():
+            return dash_attention(*tensors, dense_below=dense_below)
+
+    with torch.no_grad():
+        _, info = dash_attention(*tensors, dense_below=dense_below, return_info=True)
+
+    def reference(rows: torch.Tensor, selected: torch.Tensor | None) -> Expected:
+        return dense_expected(problem, rows)
+
+    if problem.phase == "prefill":
+        return Operator(run=run, reference=reference, stages={"attend": run}, notes={**notes, **info})
+    leaves = [x.detach().clone().requires_grad_() for x in tensors[:3]]
+    grads: dict[str, torch.Tensor] = {}
+
+    def run_train() -> torch.Tensor:
+        out, trained = dash_attention(*leaves, tensors[3], dense_below=dense_below, return_info=True)
+        info.update(trained)
+        grads.update(zip(NAMES, torch.autograd.grad(out, leaves, problem.grad_output), strict=False))
+        return out.detach()
+
+    run_train()  # the backend of a training step may be another one
+    return Operator(
+        run=run_train,
+        reference=reference,
+        gradients=lambda: dict(grads),
+        reference_gradients=(lambda: dense_gradients(problem))
+        if small_enough_for_gradients(problem)
+        else None,
+        notes={**notes, **info},
+    )
 
 
 def _decode(problem: Problem, options: DashOptions, notes: dict[str, Any]) -> Operator:
@@ -151,7 +194,7 @@ def _decode(problem: Problem, options: DashOptions, notes: dict[str, Any]) -> Op
     )
     aside = options.visibility == "own"
     try:
-        step = DecodeStep(problem.query, cache, options, _decode_launch(problem), new=new if aside else None)
+        step = DecodeStep(problem.query, cache, options, new=new if aside else None)
     except ValueError as refused:
         raise Unsupported(str(refused)) from None
 
@@ -192,5 +235,5 @@ def _decode(problem: Problem, options: DashOptions, notes: dict[str, Any]) -> Op
             "attend": step.attend,
             "combine": step.combine,
         },
-        notes={**notes, "splits": step.workspace.splits},
+        notes={**notes, "splits": step.workspace.splits, "launch": asdict(step.launch)},
     )

@@ -23,6 +23,7 @@ import triton.language as tl
 from dashbench.kernels.backward import with_gradients
 from dashbench.kernels.backward_lists import list_capacity, tile_list_start, tile_lists
 from dashbench.kernels.route import Routes, tile_size
+from dashbench.kernels.tuning import choose, setting_of
 
 LOG2_E = 1.4426950408889634
 
@@ -159,6 +160,7 @@ def block_sparse_attention(
     *,
     left_padding: torch.Tensor | None = None,
     kernel: str | None = None,
+    launch: dict | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of every query over its listed chunks and, causally, its own chunk.
 
@@ -170,6 +172,7 @@ def block_sparse_attention(
         routes: lists made for the same shape.
         left_padding: `[B]` int32 leading padding tokens, never attended; rows of padding give zeros. Or None.
         kernel: `hopper` or `portable`; default: what `kernel_for` says.
+        launch: Triton launch options of the portable kernel; None: what `tuning` knows.
 
     Returns:
         (output `[B, Hq, N, D]` with the strides of a `query`-like tensor, lse `[B, Hq, N]` fp32, natural
@@ -192,7 +195,7 @@ def block_sparse_attention(
             )
         with torch.no_grad():
             out, lse = block_sparse_attention(
-                query, key, value, routes, left_padding=left_padding, kernel=kernel
+                query, key, value, routes, left_padding=left_padding, kernel=kernel, launch=launch
             )
         out = with_gradients(
             out, query, key, value, lse, routes.mask, routes.chunk_size, padding=left_padding
@@ -210,6 +213,7 @@ def block_sparse_attention(
     out = torch.empty_like(query)
     lse = torch.empty(batch, heads, tokens, dtype=torch.float32, device=query.device)
     rows = tile * padded_heads
+    chosen = choose("attend", setting_of(query, kv_heads, chunk_size)) if launch is None else launch
     _attend_kernel[(tiles * batch * kv_heads,)](
         query, key, value, out, lse, routes.entries, routes.counts,
         routes.bias if routes.bias is not None else lse,
@@ -218,6 +222,6 @@ def block_sparse_attention(
         tokens, tiles, list_capacity(tokens, chunk_size, tile), kv_heads, dim**-0.5 * LOG2_E,
         GROUP=group, HEADS=padded_heads, TILE=tile, CHUNK=chunk_size, HEAD_DIM=dim,
         PADDED=left_padding is not None, BIAS=routes.bias is not None,
-        num_warps=8 if rows >= 128 else 4, num_stages=2,
+        **{"num_warps": 8 if rows >= 128 else 4, "num_stages": 2, **chosen},
     )  # fmt: skip
     return out, lse

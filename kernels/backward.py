@@ -17,6 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from dashbench.kernels.backward_chunk import _chunk_kernel, _combine_kernel
 from dashbench.kernels.backward_lists import chunk_lists, list_capacity, tile_lists
 from dashbench.kernels.backward_query import BIAS_MODES, STATISTICS, _query_kernel, route_powers
+from dashbench.kernels.tuning import choose, setting_of
 
 # |b| <= 2 * 46 / sigma with weights between 1e-20 and 1: from here on the bias is below bf16 resolution of
 # the weights, so the backward keeps its gradient but leaves its value out of the recomputed scores.
@@ -64,10 +65,11 @@ class BackwardLaunch:
     splits: int | None = None
 
 
-def default_launch(group: int, chunk_size: int) -> BackwardLaunch:
-    """64 rows (queries x padded heads) a tile, as far as 16 query bits and the chunk allow."""
+def default_launch(group: int, chunk_size: int, chosen: dict | None = None) -> BackwardLaunch:
+    """64 rows (queries x padded heads) a tile, as far as 16 query bits and the chunk allow, and what was
+    `chosen` instead."""
     heads = triton.next_power_of_2(group)
-    return BackwardLaunch(tile=max(1, min(64 // heads, 16, chunk_size)))
+    return BackwardLaunch(**{"tile": max(1, min(64 // heads, 16, chunk_size)), **(chosen or {})})
 
 
 def _multiprocessors(device: torch.device) -> int:
@@ -132,7 +134,9 @@ def attention_gradients(
             f"unsupported: {query_heads} over {kv_heads} heads, head dim {head_dim}, chunk size {chunk_size}"
         )
     group = query_heads // kv_heads
-    launch = launch or default_launch(group, chunk_size)
+    launch = launch or default_launch(
+        group, chunk_size, choose("backward", setting_of(q, kv_heads, chunk_size))
+    )
     heads, tile = triton.next_power_of_2(group), launch.tile
     if heads * tile < 16 or chunk_size % tile:
         raise ValueError(

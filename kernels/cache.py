@@ -103,14 +103,14 @@ class DashCache:
         self,
         query: torch.Tensor,
         options: DashOptions | None = None,
-        launch: DecodeLaunch = DecodeLaunch(),
+        launch: DecodeLaunch | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """DashAttention of the last T tokens of every sequence, for any T; see `decode.attend_cache`.
 
         Args:
             query: `[B, Hq, T, D]` of tokens that were appended already.
             options: γ, α, σ and modes, of the cache's chunk size; default: `DashOptions` of that size.
-            launch: see `decode.DecodeLaunch`.
+            launch: see `decode.DecodeLaunch`; None: what `tuning` knows.
 
         Returns:
             (output `[B, Hq, T, D]`, active chunks `[B, Hkv, T]` int32).

@@ -31,6 +31,7 @@ from dashbench.kernels.decode_kernels import (
     scores_kernel,
 )
 from dashbench.kernels.reference import DashOptions
+from dashbench.kernels.tuning import choose, setting_of
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,8 @@ class DecodeLaunch:
     splits: int | None = None
     stages: int = 5
     attend_warps: int = 4
-    score_tile: int = 32
-    route_warps: int = 4
+    score_tile: int = 64
+    route_warps: int = 8
     overlap: bool = False
 
 
@@ -136,7 +137,7 @@ class DecodeStep:
         cache: holds those tokens already (`append`), `lengths` counting them. A sequence must have at least
             T tokens.
         options: γ, α, σ and modes.
-        launch: see `DecodeLaunch`.
+        launch: see `DecodeLaunch`; None: what `tuning` knows.
         workspace: buffers of earlier steps of the same shape, or None.
         output: `[B, Hq, T, D]` to write, or None.
         new: (new key, new value `[B, Hkv, 1, D]`, summary query `[Hkv, D]` contiguous): the cache does not
@@ -153,7 +154,7 @@ class DecodeStep:
         query: torch.Tensor,
         cache: DecodeCache,
         options: DashOptions,
-        launch: DecodeLaunch = DecodeLaunch(),
+        launch: DecodeLaunch | None = None,
         workspace: DecodeWorkspace | None = None,
         output: torch.Tensor | None = None,
         new: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
@@ -163,6 +164,9 @@ class DecodeStep:
         _check(query, cache, options)
         if new is not None and (new_tokens > 1 or options.visibility != "own"):
             raise ValueError("scores can append one new token, with visibility `own`; call append for others")
+        if launch is None:
+            setting = setting_of(query, kv_heads, options.chunk_size, cache.capacity)
+            launch = DecodeLaunch(**choose("decode", setting))
         self.query, self.cache, self.options, self.launch, self.new = query, cache, options, launch, new
         self.chunks = triton.cdiv(cache.capacity, options.chunk_size)
         self.group = query_heads // kv_heads
@@ -299,7 +303,7 @@ def decode_attention(
     query: torch.Tensor,
     cache: DecodeCache,
     options: DashOptions = DashOptions(),
-    launch: DecodeLaunch = DecodeLaunch(),
+    launch: DecodeLaunch | None = None,
     workspace: DecodeWorkspace | None = None,
 ) -> tuple[torch.Tensor, DecodeWorkspace]:
     """DashAttention of the sequences' last T tokens, causal among themselves; see `DecodeStep`.
@@ -315,7 +319,7 @@ def attend_cache(
     query: torch.Tensor,
     cache: DecodeCache,
     options: DashOptions = DashOptions(),
-    launch: DecodeLaunch = DecodeLaunch(),
+    launch: DecodeLaunch | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """DashAttention of the sequences' last T tokens for any T: the next piece of a prompt, a speculative
     guess.

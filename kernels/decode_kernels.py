@@ -379,7 +379,7 @@ def route_kernel(
         tl.store(counts + group, written)
 
 
-@triton.jit(do_not_specialize=["chunks_per_page", "new_tokens", "capacity"])
+@triton.jit(do_not_specialize=["page_table_stride", "chunks_per_page", "new_tokens", "capacity", "splits"])
 def attend_kernel(
     query, key, value, lists, places, biases, counts, lengths, padding, partial_output, partial_statistics,
     summaries, summary_query, page_table,

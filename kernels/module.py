@@ -29,8 +29,7 @@ class DashAttention(torch.nn.Module):
         max_chunks: accepted for compatibility; the cache grows as it must.
         sigma: temperature of the centred prior.
         dense_below: a prefill of fewer tokens runs dense attention (see `dash_attention`), which is faster
-            there;
-            None: never. Steps are always sparse. What the last prefill ran stands in `info`.
+            there; None: never. Steps are always sparse. What the last prefill ran stands in `info`.
     """
 
     def __init__(

@@ -45,6 +45,7 @@ import triton
 import triton.language as tl
 
 from dashbench.kernels.backward_lists import list_capacity, tile_list_start
+from dashbench.kernels.tuning import choose, setting_of
 
 # A chunk whose weight (mean over heads) is at most this is not routed.
 EPSILON = 1e-20
@@ -436,7 +437,7 @@ def route_chunks(
             the same. Always off for α other than 1.5, and for `completed`, where the own chunk takes part in
             the threshold but has no place in the list.
         launch: Triton launch options that replace the default ones (BLOCK chunks at a time,
-            num_warps, num_stages, maxnreg).
+            num_warps, num_stages, maxnreg); None: what `tuning` knows.
 
     Raises:
         ValueError: more chunks than 16 bits can number, or a tile that does not fit.
@@ -470,6 +471,7 @@ def route_chunks(
     fast = alpha == 1.5
     rows = tile * padded_heads
     compact = compact and fast and visibility == "own"
+    stage, setting = "route" if compact else "route_all", setting_of(query, kv_heads, chunk_size)
     _route_kernel[(tiles * batch * kv_heads,)](
         query, summaries, entries, counts, tau if save else counts, mask if save else counts,
         active if save else counts, bias if bias is not None else counts,
@@ -483,6 +485,6 @@ def route_chunks(
         ALPHA_1_5=fast, COMPLETED=visibility == "completed", FORCE_PREVIOUS=forced == "own_and_previous",
         PADDED=left_padding is not None, PACKED=sequences is not None, SAVE=save,
         BIAS=("none", "centered", "raw").index(bias_mode), COMPACT=compact,
-        **{**_launch(rows, compact), **(launch or {})},
+        **{**_launch(rows, compact), **(choose(stage, setting) if launch is None else launch)},
     )  # fmt: skip
     return Routes(entries, counts, tile, chunk_size, tau, mask, active, bias)

@@ -50,8 +50,7 @@ def test_token_by_token_decode_equals_the_rows_of_a_prefill():
 
 @pytest.mark.parametrize("new_tokens", [3, 22])
 def test_pieces_of_a_prompt_equal_the_rows_of_one_prefill(new_tokens, monkeypatch):
-    """Against a cache with a start offset, tokens at a time, in slices of at most seven, with left
-    padding."""
+    """Against a cache with a start offset, in slices of at most seven tokens, with left padding."""
     monkeypatch.setattr("dashbench.kernels.decode.STEP_SCORES", 2 * 4 * 4 * 7)  # B, Hq, M, tokens
     query, key, value, bar = draw(52, seed=3)
     padding = torch.tensor([0, 19], dtype=torch.int32, device=DEVICE)

@@ -52,6 +52,18 @@ def test_settings_pass_the_gate_in_prefill_and_decode(settings):
         assert check.passed, (phase, check.detail)
 
 
+@pytest.mark.parametrize("phase", ["prefill", "train"])
+def test_below_a_crossover_it_is_dense_and_says_so(phase):
+    given = problem(phase, 75)
+    operator = prepare(given, scaling_factor=2.0, dense_below=76)
+    assert operator.notes["path"] == "dense" and operator.notes["dense_below"] == 76
+    assert operator.notes["backend"].startswith("torch") or DEVICE == "cuda"
+    check = gate(operator, given)
+    assert check.passed, check.detail
+    assert operator.kept is None and measure(operator, given)["s_flop"] in (None, 0.0)
+    assert prepare(given, scaling_factor=2.0, dense_below=75).notes["path"] == "sparse"
+
+
 def test_the_gate_catches_a_dropped_chunk_and_a_wrong_value():
     given = problem("prefill", 75)
     operator = prepare(given, scaling_factor=2.0)

@@ -1,0 +1,151 @@
+"""Which kernels a call would compile, found without a GPU: `python tests/compilations.py [--compile]`.
+
+Every launch stops where Triton has chosen what to compile: its key is recorded (the signature, with what is
+specialised on values, and the constants), and with `--compile` it is compiled for an H200 (sm_90a). Prints
+one JSON object: scenario → the kernels that it compiled and the scenarios before it had not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from unittest import mock
+
+os.environ["TRITON_INTERPRET"] = "0"
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+COMPILE = "--compile" in sys.argv
+
+
+class NoDevice:
+    """A driver that stands for an H200 until something is launched."""
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+def tensors(batch, heads, kv_heads, tokens, dim, dtype=torch.bfloat16):
+    q = torch.zeros(batch, heads, tokens, dim, dtype=dtype)
+    k, v = (torch.zeros(batch, kv_heads, tokens, dim, dtype=dtype) for _ in range(2))
+    return q, k, v, torch.zeros(kv_heads, dim, dtype=dtype)
+
+
+def prefill(tokens, batch=1, gamma=1.0, cu_seqlens=None, pad=None, **options):
+    from dashbench.kernels import dash_attention
+
+    q, k, v, s = tensors(batch, 32, 2, tokens, 128)
+    padding = None if pad is None else torch.full((batch,), pad, dtype=torch.int32)
+    with torch.no_grad():
+        dash_attention(
+            q, k, v, s, scaling_factor=gamma, cu_seqlens=cu_seqlens, left_padding=padding,
+            return_active_blocks=True, **options,
+        )  # fmt: skip
+
+
+def train(tokens, batch=1, gamma=1.0, **options):
+    from dashbench.kernels import dash_attention
+
+    inputs = [x.requires_grad_() for x in tensors(batch, 32, 2, tokens, 128)]
+    dash_attention(*inputs, scaling_factor=gamma, **options).sum().backward()
+
+
+def decode(tokens, batch=1, new_tokens=1, page_size=None, overlap=False, pad=None):
+    from dashbench.kernels.decode import DecodeCache, DecodeLaunch, DecodeStep, append
+    from dashbench.kernels.reference import DashOptions
+
+    pages = 1 if page_size is None else tokens // page_size
+    size = page_size or tokens
+    _, k, v, s = tensors(batch * pages, 32, 2, size, 128)
+    table = None if page_size is None else torch.zeros(batch, pages, dtype=torch.int32)
+    lengths = torch.full((batch,), tokens - 64, dtype=torch.int32)
+    padding = None if pad is None else torch.full((batch,), pad, dtype=torch.int32)
+    cache = DecodeCache(
+        k, v, torch.zeros(batch * pages, 2, size // 64, 128, dtype=k.dtype), lengths, table, padding
+    )
+    new = [torch.zeros(batch, h, new_tokens, 128, dtype=k.dtype) for h in (32, 2, 2)]
+    launch = DecodeLaunch(splits=8, overlap=overlap)
+    step = DecodeStep(new[0], cache, DashOptions(), launch)
+    append(cache, new[1], new[2], s, 64, step.workspace.append_tickets, overlap)
+    step.run()
+
+
+SCENARIOS = {
+    "prefill 4096": lambda: prefill(4096),
+    "prefill 640, batch 3, sparser": lambda: prefill(640, 3, 0.3),
+    "prefill 16384": lambda: prefill(16384),
+    "prefill 1000, no whole chunks": lambda: prefill(1000),
+    "prefill 4095, no whole chunks": lambda: prefill(4095, 2),
+    "prefill 1": lambda: prefill(1),
+    "packed": lambda: prefill(1000, cu_seqlens=torch.tensor([0, 100, 1000])),
+    "packed otherwise": lambda: prefill(4096, cu_seqlens=torch.tensor([0, 1, 2, 4000, 4096])),
+    "padded": lambda: prefill(1000, 2, pad=3),
+    "padded otherwise": lambda: prefill(2048, 3, pad=64),
+    "train 2048": lambda: train(2048),
+    "train 512, batch 3, sparser": lambda: train(512, 3, 0.3),
+    "train 1000": lambda: train(1000),
+    "train 64": lambda: train(64, 2),
+    "decode 4096": lambda: decode(4096),
+    "decode 8192, batch 3": lambda: decode(8192, 3),
+    "decode 4032": lambda: decode(4032),
+    "decode 3 new tokens": lambda: decode(4096, 2, 3),
+    "decode 16 new tokens": lambda: decode(4096, 1, 16),
+    "decode paged": lambda: decode(4096, 2, page_size=256),
+    "decode paged otherwise": lambda: decode(4096 + 64, 3, page_size=64),
+    "decode padded": lambda: decode(4096, 2, pad=5),
+}
+
+
+def count() -> dict[str, list[str]]:
+    """Runs the scenarios in order, with Hopper's attention kernel where its shapes allow."""
+    from dashbench.kernels import attend_hopper
+
+    def on_hopper(query, key, routes, left_padding):
+        # `is_cuda` is all that a tensor without a device lacks.
+        group = query.shape[1] // key.shape[1]
+        return (
+            left_padding is None and routes.bias is None and routes.chunk_size == 64
+            and group * routes.tile == 128 and query.shape[2] % 64 == 0 and key.is_contiguous()
+        )  # fmt: skip
+
+    seen: set[tuple] = set()
+    found: dict[str, list[str]] = {}
+    do_compile = JITFunction._do_compile
+    run = JITFunction.run
+
+    def record(self, key, signature, device, constexprs, options, attrs, warmup):
+        place = (self.fn.__module__, self.fn.__qualname__, key)
+        if place not in seen:
+            seen.add(place)
+            found[scenario].append(f"{self.fn.__module__.split('.')[-1]}.{self.fn.__qualname__}")
+            if COMPILE:
+                return do_compile(self, key, signature, device, constexprs, options, attrs, warmup)
+        return mock.sentinel.compiled
+
+    def stop(self, *args, grid, warmup, **kwargs):
+        return run(self, *args, grid=grid, warmup=True, **kwargs)
+
+    with (
+        mock.patch.object(triton.runtime.driver, "_active", NoDevice()),
+        mock.patch.object(JITFunction, "_do_compile", record),
+        mock.patch.object(JITFunction, "run", stop),
+        mock.patch.object(attend_hopper, "supports", on_hopper),
+    ):
+        for scenario, call in SCENARIOS.items():
+            found[scenario] = []
+            call()
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(count(), indent=1))
