@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dashbench.analysis.points import routing_name
+from dashbench.analysis.points import finished, routing_name
 
 # One colour a family everywhere (Okabe-Ito, colour-blind safe); line style tells members of a family apart.
 FAMILY_COLOURS = {
@@ -61,7 +61,7 @@ def latency_panels(rows: Iterable[dict[str, Any]]) -> dict[Panel, dict[str, Any]
             low, high), …]}}}`, contexts ascending, with one way of timing a panel (`TIMING_PREFERENCE`).
             Panels without a finished row are left out.
     """
-    ok = [r for r in rows if r["status"] == "ok"]
+    ok = finished(rows)
     panels: dict[Panel, dict[str, Any]] = {}
     for panel in sorted({(r["phase"], r["batch"], routing_name(r)) for r in ok}, key=_panel_order):
         mine = [r for r in ok if (r["phase"], r["batch"], routing_name(r)) == panel]
