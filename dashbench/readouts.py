@@ -97,7 +97,7 @@ def print_pareto(stores: list[Path], out: Path | None, **options: Any) -> None:
         if result.readouts:
             print_sheet(sheets.readout_sheet(result))
         if result.tests:
-            print_sheet(sheets.tests_sheet(result))
+            print_sheet(sheets.paired_sheet(result))
         elif len({c.method for c in result.table.configurations}) == 1:
             only = result.table.configurations[0].method
             wide_console().print(f"only {only} has accuracy rows: there is nothing to test it against")
@@ -149,7 +149,7 @@ def print_decision(workload: Path, stores: list[Path], environment: str | None) 
     )
     print_sheet(sheets.decision_sheet(found), titled=False)
     for flip in found.flips:
-        console.print(f"switch to {flip}", markup=False)
+        console.print(flip, markup=False)
 
 
 def _of_commit(rows: list[dict[str, Any]], commit: str) -> list[dict[str, Any]]:

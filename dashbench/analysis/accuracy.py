@@ -197,7 +197,7 @@ class PairedTest:
         mcnemar: exact p-value on those, Holm-adjusted over all pairs tested together.
         bootstrap: two-sided p-value of the difference by the bootstrap's standard error, Holm-adjusted likewise.
         documents: how many there are.
-        needed: documents with which a difference of this size would be settled (80 % power, 5 % level);
+        needed: documents with which a difference of this size would be settled (80 % power, 5 % level, corrected for the number of pairs);
             None if the difference is settled already, or is exactly zero.
     """
 
@@ -232,12 +232,14 @@ def difference_draws(table: Scores, first: int, second: int, seed: int) -> np.nd
     return np.mean(parts, axis=0)
 
 
-def samples_needed(differences: np.ndarray) -> int | None:
-    """Documents for 80 % power at the 5 % level, by the normal approximation; None for a zero mean."""
+def samples_needed(differences: np.ndarray, pairs: int = 1) -> int | None:
+    """Documents for 80 % power at the 5 % level shared by so many pairs (Bonferroni), by the normal
+    approximation; None for a zero mean."""
     mean, spread = float(np.mean(differences)), float(np.std(differences, ddof=1))
     if mean == 0.0 or differences.size < 2:
         return None
-    return int(np.ceil((float(norm.ppf(1 - SIGNIFICANCE / 2) + norm.ppf(POWER)) * spread / mean) ** 2))
+    sides = float(norm.ppf(1 - SIGNIFICANCE / 2 / pairs) + norm.ppf(POWER))
+    return int(np.ceil((sides * spread / mean) ** 2))
 
 
 def paired_tests(table: Scores, pairs: Sequence[tuple[int, int]], seed: int = 0) -> list[PairedTest]:
@@ -264,7 +266,7 @@ def paired_tests(table: Scores, pairs: Sequence[tuple[int, int]], seed: int = 0)
     for (a, b), (values, _, one, other, _), p, exact in zip(pairs, raw, adjusted, exacts, strict=True):
         each = table.score[a] - table.score[b]
         mean = float(task_mean(table, each))
-        needed = samples_needed(each) if p >= SIGNIFICANCE else None
+        needed = samples_needed(each, len(pairs)) if p >= SIGNIFICANCE else None
         first, second = table.configurations[a], table.configurations[b]
         out.append(
             PairedTest(first, second, around(values, mean), one, other, exact, p, each.size, needed)

@@ -12,9 +12,16 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dashbench.analysis.accuracy import accuracy_rows, difference_draws, around, scores, task_mean
-from dashbench.analysis.joining import SPARSITY_SLACK, TIMING_PREFERENCE
+from dashbench.analysis.joining import SPARSITY_SLACK
 from dashbench.analysis.pareto import pareto
-from dashbench.analysis.points import AnalysisError, finished, one_environment, routing_name, setting
+from dashbench.analysis.points import (
+    TIMING_PREFERENCE,
+    AnalysisError,
+    finished,
+    one_environment,
+    routing_name,
+    setting,
+)
 from dashbench.analysis.statistics import Interval, ratio_of_rows
 
 Verdict = Literal["REPRODUCED", "CONTRADICTED", "UNTESTED"]

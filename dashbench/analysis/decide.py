@@ -235,7 +235,7 @@ def _share_flips(workload: Workload, eligible: list[Candidate]) -> list[str]:
         for found, word in ((above, "more"), (below, "less")):
             if found:
                 out.append(
-                    f"{found[1].label} if {word} than {100 * found[0]:.0f} % of the requests are "
+                    f"switch to {found[1].label} if {word} than {100 * found[0]:.0f} % of the requests are "
                     f"{request.label} (now {100 * shares[i]:.0f} %)"
                 )
     return out
@@ -267,7 +267,7 @@ def _scale_flips(times: _Times, eligible: list[Candidate]) -> list[str]:
                 if found is None:
                     break
                 if found is not eligible[0]:
-                    out.append(f"{found.label} if {what} are {max(factor, 1 / factor):.2g} times {word}")
+                    out.append(f"switch to {found.label} if {what} are {max(factor, 1 / factor):.2g} times {word}")
                     break
     return out
 
@@ -334,8 +334,8 @@ def decide(rows: Iterable[dict[str, Any]], workload: Workload, environment: str 
     ranks = np.argmin(np.stack([c.draws for c in eligible]), axis=0)
     flips = _share_flips(workload, eligible) + _scale_flips(times, eligible[:3])
     if workload.accuracy_floor is None and workload.accuracy_loss is None:
-        flips.append("any accuracy asked for: none was, so the sparsest that is fast enough wins")
+        flips.append("no accuracy was asked for, so time alone decides")
     elif eligible[0].accuracy is not None and len(eligible) > 1:
-        flips.append(f"{eligible[1].label} if accuracy has to be above {eligible[0].accuracy:.3f}")
+        flips.append(f"switch to {eligible[1].label} if accuracy has to be above {eligible[0].accuracy:.3f}")
     way = ", ".join(f"{c.phase} {c.way[0]} cache, {c.way[1]}" for c in (times.prefill, times.decode) if c.way)
     return Decision(workload, [*eligible, *others], float(np.mean(ranks == 0)), flips, way)

@@ -14,13 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from dashbench.analysis.points import best_dense, finished, is_dense, setting
+from dashbench.analysis.points import TIMING_PREFERENCE, best_dense, finished, is_dense, setting
 from dashbench.analysis.statistics import row_medians
 from dashbench.cost import routing_share
 
-# The most telling way of timing that a store has, first found wins: graph replay hides the launch cost, cold
-# caches are what a model sees.
-TIMING_PREFERENCE = (("cold", "graph"), ("cold", "eager"), ("warm", "graph"), ("warm", "eager"))
 # How far beyond the outermost measured sparsity a configuration may be and still be given its cost.
 SPARSITY_SLACK = 0.015
 

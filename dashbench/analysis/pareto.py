@@ -140,10 +140,7 @@ def _costs(
             found = kernels.cost(c.method, float(means[i]), table.length) if kernels else None
             scale = 1.0 if axis == "latency" else 1 / 2**20
             if found is None:
-                missing[i] = (
-                    f"no kernel rows of {c.method} on both sides of {100 * means[i]:.1f} % at "
-                    f"{table.length} tokens"
-                )
+                missing[i] = f"no kernel rows at its sparsity and {table.length} tokens"
                 values.append(np.nan)
                 drawn.append(np.full(len(sparsity), np.nan))
             else:
@@ -262,9 +259,7 @@ def _one_length(axis: Axis, table: Scores, kernels: KernelCosts | None, seed: in
         for i, c in enumerate(kept.configurations)
     ]
     worst = 1.0 if axis in ("sparsity", "flops") else float(costs.max())
-    grid = np.linspace(0.0, worst, GRID)
-    if axis in ("latency", "memory") and costs.min() > 0:
-        grid = np.geomspace(costs.min() / 1.5, worst * 1.1, GRID)
+    grid = np.geomspace(max(costs.min(), 1e-3 * worst) / 1.3, worst, GRID)
     methods, volumes = [], {}
     for m in sorted({c.method for c in kept.configurations}):
         mine = [i for i, c in enumerate(kept.configurations) if c.method == m]
@@ -326,6 +321,6 @@ def pareto(
         kernels = KernelCosts(one_environment(timed, environment), phase, batch, quantity)
     out = [_one_length(axis, table, kernels, seed) for table in found]
     if not any(p.points for p in out):
-        why = next(iter(out[0].left_out.values()))
-        raise AnalysisError(f"no configuration has a {axis}: {why}")
+        c, why = next(iter(out[0].left_out.items()))
+        raise AnalysisError(f"no configuration has a {axis}: {c.label}: {why}")
     return out

@@ -137,8 +137,10 @@ def pareto_sheet(found: Pareto) -> Sheet:
         for p in found.points
     ]  # fmt: skip
     documents = f"{len(found.table.documents)} documents of {', '.join(sorted(set(found.table.tasks)))}"
-    left = Counter(found.left_out.values())
-    note = "; ".join(f"left out: {why}" for why in sorted(left))
+    note = "; ".join(
+        f"{why}: {', '.join(c.label for c, reason in found.left_out.items() if reason == why)}"
+        for why in sorted(set(found.left_out.values()))
+    )
     where = AXES[found.axis].replace(f" ({unit})", "") if unit else AXES[found.axis]
     name = f"{where}{', ' + unit if unit else ''}*"
     return Sheet(
@@ -190,7 +192,7 @@ def _p(value: float) -> str:
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def tests_sheet(found: Pareto) -> Sheet:
+def paired_sheet(found: Pareto) -> Sheet:
     """Paired tests on identical documents."""
     rows = []
     for t in found.tests:
