@@ -10,6 +10,9 @@ from typing import Annotated
 
 import typer
 
+from dashbench.cli_analysis import analysis
+from dashbench.cli_common import stop
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -17,7 +20,6 @@ app = typer.Typer(
     help="Measure trainable sparse attentions side by side: checked before timed, stored at once, resumable.",
 )
 
-BAD_INPUT = 2
 SuitePath = Annotated[
     Path, typer.Argument(help="a suite file, such as suites/quickstart.yaml", metavar="SUITE")
 ]
@@ -27,18 +29,13 @@ Out = Annotated[
 Only = Annotated[str | None, typer.Option(help="restrict to these methods, comma-separated", metavar="M1,M2")]
 
 
-def _stop(message: str, code: int = BAD_INPUT) -> None:
-    typer.echo(f"dashbench: {message}", err=True)
-    raise typer.Exit(code)
-
-
 def _load(path: Path):
     from dashbench.suite import SuiteError, load_suite
 
     try:
         return load_suite(path)
     except SuiteError as problem:
-        _stop(str(problem))
+        stop(str(problem))
 
 
 def _only(suite, only: str | None) -> list[str] | None:
@@ -47,10 +44,10 @@ def _only(suite, only: str | None) -> list[str] | None:
     names = [name.strip() for name in only.split(",") if name.strip()]
     known = {point.method for point in suite.points()}
     if not names:
-        _stop(f"--only: expected methods of the suite: {', '.join(sorted(known))}")
+        stop(f"--only: expected methods of the suite: {', '.join(sorted(known))}")
     for name in names:
         if name not in known:
-            _stop(f"--only: the suite has no method {name!r}; it has {', '.join(sorted(known))}")
+            stop(f"--only: the suite has no method {name!r}; it has {', '.join(sorted(known))}")
     return names
 
 
@@ -59,7 +56,7 @@ def _need_interpreters(suite, names: list[str] | None) -> None:
 
     for method, python in suite.interpreters().items():
         if (names is None or method in names) and shutil.which(python) is None:
-            _stop(f"{suite.path}: {method}: no Python interpreter at {python!r}")
+            stop(f"{suite.path}: {method}: no Python interpreter at {python!r}")
 
 
 def _seconds(text: str | None) -> float | None:
@@ -68,7 +65,7 @@ def _seconds(text: str | None) -> float | None:
         return None
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", text.strip())
     if not match:
-        _stop(f"--time-budget: expected a duration such as 90s, 8m or 1h, got {text!r}")
+        stop(f"--time-budget: expected a duration such as 90s, 8m or 1h, got {text!r}")
     return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
 
 
@@ -106,7 +103,7 @@ def run(
             summary = run_kind(loaded, folder, names, budget, retry_failed, progress.event, again)
         except (StoreError, WorkerFailed) as problem:
             progress.stop()
-            _stop(str(problem))
+            stop(str(problem))
     raise typer.Exit(imported(loaded.spec.ENDING)(loaded, summary))
 
 
@@ -151,7 +148,7 @@ def status(store: Annotated[Path, typer.Argument(help="a results file or folder"
     try:
         print_status(store)
     except StoreError as problem:
-        _stop(str(problem))
+        stop(str(problem))
 
 
 @app.command("list")
@@ -162,11 +159,11 @@ def list_(
     from dashbench.listing import LISTS
 
     if what not in LISTS:
-        _stop(f"list: expected one of {', '.join(LISTS)}, got {what!r}")
+        stop(f"list: expected one of {', '.join(LISTS)}, got {what!r}")
     try:
         LISTS[what]()
     except ValueError as problem:
-        _stop(str(problem))
+        stop(str(problem))
 
 
 @app.command()
@@ -189,64 +186,15 @@ def export(
     from dashbench.store import StoreError
 
     if (csv is None) == (parquet is None):
-        _stop("export: give exactly one of --csv FILE and --parquet FILE")
+        stop("export: give exactly one of --csv FILE and --parquet FILE")
     try:
         count = export_rows(store, csv or parquet, "csv" if csv else "parquet")
     except (StoreError, ExportError) as problem:
-        _stop(str(problem))
+        stop(str(problem))
     typer.echo(f"{csv or parquet}: {count} rows")
 
 
-Stores = Annotated[list[Path], typer.Argument(help="results files or folders", metavar="STORE...")]
-
-
-@app.command()
-def figures(
-    stores: Stores, out: Annotated[Path, typer.Option(help="folder for them", metavar="DIR")] = Path(".")
-) -> None:
-    """Draw STORE again: latency, and speedup over the best dense method, against context."""
-    from dashbench.readouts import write_figures
-    from dashbench.store import StoreError
-
-    try:
-        for path in write_figures(stores, out):
-            typer.echo(path)
-    except StoreError as problem:
-        _stop(str(problem))
-
-
-@app.command()
-def crossover(stores: Stores) -> None:
-    """Show from which context length on each sparse method beats the best dense one, with an interval."""
-    from dashbench.readouts import print_crossovers
-    from dashbench.store import StoreError
-
-    try:
-        print_crossovers(stores)
-    except StoreError as problem:
-        _stop(str(problem))
-
-
-@app.command()
-def compare(
-    before: Annotated[Path, typer.Argument(help="a results file or folder", metavar="A")],
-    after: Annotated[Path, typer.Argument(help="another", metavar="B")],
-    fail_on: Annotated[
-        str | None, typer.Option(help="`slower`: exit code 1 if any point is", metavar="slower")
-    ] = None,
-) -> None:
-    """Compare two stores point by point: FASTER, SLOWER, SAME or AMBIGUOUS, and why."""
-    from dashbench.readouts import print_comparison
-    from dashbench.store import StoreError
-
-    if fail_on not in (None, "slower"):
-        _stop(f"--fail-on: expected slower, got {fail_on!r}")
-    try:
-        counts = print_comparison(before, after)
-    except StoreError as problem:
-        _stop(str(problem))
-    if fail_on and counts["SLOWER"]:
-        raise typer.Exit(1)
+app.add_typer(analysis)
 
 
 def main() -> None:

@@ -5,12 +5,13 @@ Rows are plain dicts as stored (see results/README.md).
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dashbench.analysis.points import routing_name
+from dashbench.analysis.points import TIMING_PREFERENCE, finished, routing_name
 
 # One colour a family everywhere (Okabe-Ito, colour-blind safe); line style tells members of a family apart.
 FAMILY_COLOURS = {
@@ -22,10 +23,6 @@ FAMILY_COLOURS = {
 }
 OTHER_COLOURS = ("#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
 DASHES = ("-", "--", ":", "-.")
-
-# The most telling way of timing that a store has, first found wins: graph replay hides the launch cost, cold
-# caches are what a model sees.
-TIMING_PREFERENCE = (("cold", "graph"), ("cold", "eager"), ("warm", "graph"), ("warm", "eager"))
 
 
 def family(method: str) -> str:
@@ -61,7 +58,7 @@ def latency_panels(rows: Iterable[dict[str, Any]]) -> dict[Panel, dict[str, Any]
             low, high), …]}}}`, contexts ascending, with one way of timing a panel (`TIMING_PREFERENCE`).
             Panels without a finished row are left out.
     """
-    ok = [r for r in rows if r["status"] == "ok"]
+    ok = finished(rows)
     panels: dict[Panel, dict[str, Any]] = {}
     for panel in sorted({(r["phase"], r["batch"], routing_name(r)) for r in ok}, key=_panel_order):
         mine = [r for r in ok if (r["phase"], r["batch"], routing_name(r)) == panel]
@@ -127,19 +124,26 @@ def _panel_axes(count: int):
     return figure, list(axes.flat[:count])
 
 
-def _context_axis(axis: Any, contexts: Iterable[int]) -> None:
+def context_axis(axis: Any, contexts: Iterable[int]) -> None:
+    """A log axis of context lengths with ticks such as 4k at the lengths there are."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+    lengths = sorted(set(contexts))
+    # Powers of two are named first, others only where there is room beside them.
+    named: list[int] = []
+    for length in sorted(lengths, key=lambda n: (n & (n - 1) != 0, n)):
+        if all(abs(math.log2(length / other)) > 0.7 for other in named):
+            named.append(length)
     axis.set_xscale("log", base=2)
-    axis.xaxis.set_major_locator(FixedLocator(sorted(set(contexts))))
+    axis.xaxis.set_major_locator(FixedLocator(sorted(named)))
     axis.xaxis.set_minor_locator(NullLocator())
     axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: tokens(int(v))))
-    axis.tick_params(axis="x", labelrotation=45 if len(set(contexts)) > 8 else 0)
+    axis.tick_params(axis="x", labelrotation=45 if len(named) > 8 else 0)
     axis.set_xlabel("context (tokens)")
     axis.grid(alpha=0.25, linewidth=0.5)
 
 
-def _log_values(axis: Any) -> None:
+def log_values(axis: Any) -> None:
     """Plain numbers on a log axis; 1, 2, 5 where it spans less than two decades, so that there always are
     labels."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
@@ -151,26 +155,38 @@ def _log_values(axis: Any) -> None:
     axis.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _label_ends(axis: Any, ends: Sequence[tuple[float, str, str]]) -> None:
-    """Writes each line's name at the right edge, at the height `y` where it ends, moved apart where they
-    would overlap."""
-    import numpy as np
-
-    bottom, top = np.log(axis.get_ylim())
-    where = _spread([(np.log(y) - bottom) / ((top - bottom) or 1.0) for y, _, _ in ends], 0.055)
-    for (_, label, colour), level in zip(ends, where, strict=True):
+def _label_right(axis: Any, levels: Sequence[float], ends: Sequence[tuple[float, str, str]]) -> None:
+    # As far apart as a line of text is high, whatever the size of the axes.
+    height = axis.get_window_extent().height / axis.figure.dpi * 72
+    size = min(8.0, axis.xaxis.label.get_size())
+    for (_, label, colour), level in zip(ends, _spread(levels, 1.45 * size / height), strict=True):
         axis.annotate(
             label,
             (1.01, level),
             xycoords="axes fraction",
             color=colour,
             va="center",
-            fontsize=8,
+            fontsize=size,
             annotation_clip=False,
         )
 
 
-class _Palette:
+def label_ends(axis: Any, ends: Sequence[tuple[float, str, str]]) -> None:
+    """Writes each line's name at the right edge, at the height `y` where it ends on a log axis, moved apart
+    where they would overlap."""
+    import numpy as np
+
+    bottom, top = np.log(axis.get_ylim())
+    _label_right(axis, [(np.log(y) - bottom) / ((top - bottom) or 1.0) for y, _, _ in ends], ends)
+
+
+def label_ends_linear(axis: Any, ends: Sequence[tuple[float, str, str]]) -> None:
+    """The same on a linear axis."""
+    bottom, top = axis.get_ylim()
+    _label_right(axis, [(y - bottom) / ((top - bottom) or 1.0) for y, _, _ in ends], ends)
+
+
+class Palette:
     """Colour by family, dashes by member, the same in every panel of a figure."""
 
     def __init__(self, keys: Iterable[tuple[str, float | None]]):
@@ -187,7 +203,9 @@ class _Palette:
         return colour, DASHES[self.members[name].index(key) % len(DASHES)]
 
 
-def _save(figure: Any, path: Path, title: str) -> None:
+def save(figure: Any, path: Path, title: str) -> None:
+    """Writes a figure without dates or versions in it, so that the same rows give the same bytes, and closes
+    it."""
     import matplotlib.pyplot as plt
 
     if title:
@@ -203,8 +221,8 @@ def _save(figure: Any, path: Path, title: str) -> None:
 STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "dashbench"}
 
 
-def _draw_lines(
-    axis: Any, palette: _Palette, series: dict[tuple[str, float | None], list[tuple[float, ...]]]
+def draw_lines(
+    axis: Any, palette: Palette, series: dict[tuple[str, float | None], list[tuple[float, ...]]]
 ) -> None:
     """Lines with interval bars, `series` as in `latency_panels`, on log-log axes, named at their right
     ends."""
@@ -226,9 +244,9 @@ def _draw_lines(
             elinewidth=0.8,
         )
         ends.append((y[-1], series_label(*key), colour))
-    _context_axis(axis, (int(p[0]) for points in series.values() for p in points))
-    _log_values(axis)
-    _label_ends(axis, ends)
+    context_axis(axis, (int(p[0]) for points in series.values() for p in points))
+    log_values(axis)
+    label_ends(axis, ends)
 
 
 def draw_latency(rows: Iterable[dict[str, Any]], path: Path, title: str = "") -> bool:
@@ -250,15 +268,15 @@ def draw_latency(rows: Iterable[dict[str, Any]], path: Path, title: str = "") ->
 
     with matplotlib.rc_context(STYLE):
         figure, axes = _panel_axes(len(panels))
-        palette = _Palette(key for panel in panels.values() for key in panel["series"])
+        palette = Palette(key for panel in panels.values() for key in panel["series"])
         routings = len({panel[2] for panel in panels})
         for axis, (where, panel) in zip(axes, panels.items(), strict=True):
-            _draw_lines(axis, palette, panel["series"])
+            draw_lines(axis, palette, panel["series"])
             axis.set_ylabel("latency (ms, median and 95 % interval)")
             axis.set_title(
                 _panel_title(where, panel["cache"], panel["launch"], routings), fontsize=9, loc="left"
             )
-        _save(figure, path, title)
+        save(figure, path, title)
     return True
 
 
@@ -287,7 +305,7 @@ def draw_speedup(rows: Iterable[dict[str, Any]], path: Path, title: str = "") ->
 
     with matplotlib.rc_context(STYLE):
         figure, axes = _panel_axes(len(panels))
-        palette = _Palette(
+        palette = Palette(
             key for ways in panels.values() for series in ways.values() for key in sorted(series, key=str)
         )
         routings = len({panel[2] for panel in panels})
@@ -295,8 +313,8 @@ def draw_speedup(rows: Iterable[dict[str, Any]], path: Path, title: str = "") ->
             cache, launch = next(way for way in TIMING_PREFERENCE if way in panels[where])
             axis.axhline(1.0, color="#999999", linewidth=1)
             series = panels[where][cache, launch]
-            _draw_lines(axis, palette, dict(sorted(series.items(), key=str)))
+            draw_lines(axis, palette, dict(sorted(series.items(), key=str)))
             axis.set_ylabel("speedup over best dense")
             axis.set_title(_panel_title(where, cache, launch, routings), fontsize=9, loc="left")
-        _save(figure, path, title)
+        save(figure, path, title)
     return True

@@ -1,42 +1,48 @@
-"""What the analysis verbs print: crossovers and comparisons of stores, as tables and one-line verdicts."""
+"""What the analysis verbs print, from stores to tables and one-line verdicts."""
 
 from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
-from rich.table import Table
-
+from dashbench.analysis.claims import check_claims, load_claims
 from dashbench.analysis.compare import compare
-from dashbench.analysis.speedup import Crossover, crossovers, speedups
-from dashbench.figures import draw_latency, draw_speedup, tokens
+from dashbench.analysis.decide import decide, load_workload
+from dashbench.analysis.overhead import overheads
+from dashbench.analysis.pareto import pareto
+from dashbench.analysis.points import AnalysisError, finished, is_dense
+from dashbench.analysis.speedup import crossovers, speedups
+from dashbench.figures import draw_latency, draw_speedup
+from dashbench.report import sheets
+from dashbench.report.sheet import print_sheet
 from dashbench.store import StoreError, newest, read_rows, store_files
 from dashbench.tables import wide_console
 
 
-def load(stores: list[Path]) -> list[dict]:
+def load(stores: list[Path]) -> list[dict[str, Any]]:
     """The newest rows of all files that the paths mean.
 
     Raises:
         StoreError: there are none.
     """
-    return newest([row for store in stores for file in store_files(store) for row in read_rows(file)])
+    rows = newest([row for store in stores for file in store_files(store) for row in read_rows(file)])
+    if not rows:
+        raise StoreError(f"{', '.join(map(str, stores))}: no rows yet")
+    return rows
 
 
-def _length(value: float) -> str:
-    return f"{value / 1024:.1f}k" if value >= 1024 else f"{value:.0f}"
-
-
-def crossover_sentence(found: Crossover) -> str:
-    """`ahead from 6.9k [6.5k, 7.2k] on`, or why there is no such length."""
-    span = f"{tokens(found.shortest)} to {tokens(found.longest)}"
-    if found.verdict == "always":
-        return f"ahead at every length measured ({span})"
-    if found.verdict == "never":
-        return f"never within range ({span})"
-    low = "?" if found.low is None else _length(found.low)
-    high = "?" if found.high is None else _length(found.high)
-    return f"ahead from {_length(found.length)} [{low}, {high}] on"
+def _no_pairs(rows: list[dict[str, Any]]) -> StoreError:
+    """Why no sparse row has a dense one beside it."""
+    ok = finished(rows)
+    methods = sorted({r["method"] for r in ok})
+    if not ok:
+        return StoreError("no kernel row is finished here")
+    if len(methods) == 1:
+        return StoreError(f"only {methods[0]} was measured here: it has nothing to be compared with")
+    if not any(is_dense(r) for r in ok):
+        return StoreError(f"no dense row here: measured were {', '.join(methods)}")
+    return StoreError("no sparse method has a dense row beside it: both are needed in one environment")
 
 
 def print_crossovers(stores: list[Path]) -> None:
@@ -48,63 +54,144 @@ def print_crossovers(stores: list[Path]) -> None:
     rows = load(stores)
     found = crossovers(rows)
     if not found:
-        raise StoreError(
-            "no sparse method has a dense row beside it: a crossover needs both in one environment"
-        )
-    best = {line: max(points, key=lambda p: p.ratio.value) for line, points in speedups(rows).items()}
-    table = Table(header_style="bold", pad_edge=False)
-    for column in (
-        "method",
-        "S asked",
-        "phase",
-        "batch",
-        "timed",
-        "routing",
-        "against best dense",
-        "best speedup",
-    ):
-        table.add_column(column, no_wrap=True)
-    for item in sorted(found, key=lambda c: (c.line[:-2], c.line.routing, c.line.sparsity_target or 0.0)):
-        line, top = item.line, best[item.line]
-        where = tokens(top.row["context"])
-        ratio = f"{top.ratio.value:.2f}x [{top.ratio.low:.2f}, {top.ratio.high:.2f}] at {where}"
-        asked = "" if line.sparsity_target is None else f"{100 * line.sparsity_target:g} %"
-        timed = f"{line.cache}, {line.launch}"
-        table.add_row(
-            line.method,
-            asked,
-            line.phase,
-            str(line.batch),
-            timed,
-            line.routing,
-            crossover_sentence(item),
-            ratio,
-        )
-    wide_console().print(table)
+        raise _no_pairs(rows)
+    print_sheet(sheets.crossover_sheet(found, speedups(rows)), titled=False)
 
 
-def print_comparison(before: Path, after: Path) -> Counter:
-    """Point by point, which of two stores is faster; returns how often each verdict was given.
+def print_overheads(stores: list[Path], longest: int, out: Path | None) -> None:
+    """Where the time goes at short context.
+
+    Raises:
+        StoreError: no rows, or none with stages and a dense row beside it.
+    """
+    rows = load(stores)
+    found = overheads(rows, longest)
+    if not found:
+        if speedups(rows):
+            raise StoreError(f"no sparse row up to {longest} tokens has both its stages and a dense row beside it")
+        raise _no_pairs(rows)
+    print_sheet(sheets.overhead_sheet(found), titled=False)
+    if out:
+        from dashbench.report.stack import draw_overheads
+
+        _announce(draw_overheads(found, out))
+
+
+def _announce(files: list[Path]) -> None:
+    console = wide_console()
+    for path in files:
+        console.print(f"figure: {path}", markup=False)
+
+
+def print_pareto(stores: list[Path], out: Path | None, **options: Any) -> None:
+    """Frontiers, what is read off them, and paired tests, a length at a time.
+
+    Raises:
+        StoreError: no rows.
+        AnalysisError: rows that do not answer the question.
+    """
+    found = pareto(load(stores), **options)
+    for result in found:
+        print_sheet(sheets.pareto_sheet(result))
+        print_sheet(sheets.volume_sheet(result))
+        if result.readouts:
+            print_sheet(sheets.readout_sheet(result))
+        if result.tests:
+            print_sheet(sheets.paired_sheet(result))
+        elif len({c.method for c in result.table.configurations}) == 1:
+            only = result.table.configurations[0].method
+            wide_console().print(f"only {only} has accuracy rows: there is nothing to test it against")
+    if out:
+        from dashbench.report.frontiers import draw_frontiers
+
+        _announce(draw_frontiers(found, out))
+
+
+def print_claims(stores: list[Path], path: Path | None, environment: str | None) -> Counter:
+    """Every published claim and its verdict; returns how often each verdict was given.
+
+    Raises:
+        StoreError: no rows.
+        AnalysisError: rows of several environments, or a bad file of claims.
+    """
+    claims = load_claims(path)
+    found = check_claims(load(stores), claims, environment)
+    sheet = sheets.claims_sheet(found)
+    keep = [i for i, c in enumerate(sheet.columns) if c not in ("source", "rows")]
+    short = sheets.Sheet(
+        sheet.name,
+        sheet.title,
+        tuple(sheet.columns[i] for i in keep),
+        [tuple(row[i] for i in keep) for row in sheet.rows],
+        sheet.note,
+    )
+    print_sheet(short, titled=False)
+    counts = Counter(f.verdict for f in found)
+    wide_console().print(", ".join(f"{n} {verdict}" for verdict, n in counts.most_common()))
+    return counts
+
+
+def print_decision(workload: Path, stores: list[Path], environment: str | None) -> None:
+    """The recommended method for a workload, the runner-up, and where that changes.
+
+    Raises:
+        StoreError: no rows.
+        AnalysisError: a bad workload, or rows that do not answer the question.
+    """
+    asked = load_workload(workload)
+    found = decide(load(stores), asked, environment)
+    first = found.candidates[0]
+    console = wide_console()
+    console.print(
+        f"{asked.name}: {first.label}, {first.ms.value:.1f} ms of attention a request "
+        f"(the fastest in {100 * found.certainty:.0f} % of draws)",
+        markup=False,
+    )
+    print_sheet(sheets.decision_sheet(found), titled=False)
+    for flip in found.flips:
+        console.print(flip, markup=False)
+
+
+def _of_commit(rows: list[dict[str, Any]], commit: str) -> list[dict[str, Any]]:
+    """The newest rows that a commit (or the beginning of its hash) measured."""
+
+    def made(row: dict[str, Any]) -> str:
+        return str((row["environment"].get("git") or {}).get("commit") or "")
+
+    found = newest([r for r in rows if made(r).startswith(commit)])
+    if not found:
+        have = ", ".join(sorted({made(r) or "unknown" for r in rows}))
+        raise StoreError(f"no rows of commit {commit}; there are {have}")
+    return found
+
+
+def print_comparison(
+    before: Path, after: Path | None = None, commits: tuple[str, str] | None = None, threshold: float = 0.02
+) -> Counter:
+    """Point by point, which of two stores, or of two commits in one store, is faster; returns how often each
+    verdict was given.
 
     Raises:
         StoreError: no rows, or no point finished in both.
     """
-    found = compare(load([before]), load([after]))
+    if commits:
+        stores = [before] if after is None else [before, after]
+        rows = [row for store in stores for file in store_files(store) for row in read_rows(file)]
+        first, second = (_of_commit(rows, c) for c in commits)
+        names = [f"commit {c}" for c in commits]
+    else:
+        first, second = load([before]), load([after])
+        names = [str(before), str(after)]
+    found = compare(first, second, threshold)
     if not found:
-        raise StoreError(f"no point is finished in both {before} and {after}")
-    table = Table(header_style="bold", pad_edge=False)
-    for column in ("verdict", "method", "phase", "context", "batch", "before ms", "after ms", "why"):
-        table.add_column(column, no_wrap=True)
-    for c in found:
-        b = c.before
-        times = (f"{r['latency_ms']:.4g}" for r in (b, c.after))
-        table.add_row(
-            c.verdict, b["method"], b["phase"], tokens(b["context"]), str(b["batch"]), *times, c.reason
-        )
+        raise StoreError(f"no point is finished in both {names[0]} and {names[1]}")
+    print_sheet(sheets.comparison_sheet(found), titled=False)
     console = wide_console()
-    console.print(table)
     counts = Counter(c.verdict for c in found)
     console.print(", ".join(f"{n} {verdict}" for verdict, n in counts.most_common()))
+    across = sum(c.before["environment_key"] != c.after["environment_key"] for c in found)
+    if across:
+        console.print(f"{across} of these points were measured in different environments")
     return counts
 
 
@@ -115,7 +202,7 @@ def write_figures(stores: list[Path], folder: Path) -> list[Path]:
         StoreError: no rows, rows of several environments, or nothing finished.
     """
     rows = load(stores)
-    environments = {r["environment_key"] for r in rows if r["status"] == "ok"}
+    environments = {r["environment_key"] for r in finished(rows)}
     if len(environments) > 1:
         raise StoreError(f"rows of {len(environments)} environments are not drawn into one figure")
     written = []
@@ -126,3 +213,16 @@ def write_figures(stores: list[Path], folder: Path) -> list[Path]:
     if not written:
         raise StoreError("nothing to draw: no row is finished")
     return written
+
+
+__all__ = [
+    "AnalysisError",
+    "load",
+    "print_claims",
+    "print_comparison",
+    "print_crossovers",
+    "print_decision",
+    "print_overheads",
+    "print_pareto",
+    "write_figures",
+]

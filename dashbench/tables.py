@@ -16,7 +16,7 @@ def wide_console() -> Console:
     """Standard output at the terminal's width; wide enough for whole tables where it is not a terminal."""
     console = Console(highlight=False, soft_wrap=True)
     if not console.is_terminal:
-        console.width = 200
+        console.width = 400
     return console
 
 

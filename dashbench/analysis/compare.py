@@ -55,7 +55,7 @@ def _judge(ratio: Interval, p: float, effect: float, samples: int, threshold: fl
 def compare(
     before: Iterable[dict[str, Any]], after: Iterable[dict[str, Any]], threshold: float = 0.02
 ) -> list[Comparison]:
-    """Matches rows by point key and judges each pair.
+    """Matches rows by point key, in the same environment where there is one, and judges each pair.
 
     Args:
         before, after: rows of two stores.
@@ -64,8 +64,13 @@ def compare(
     Returns:
         A comparison for each point that is finished in both, in the order of `before`.
     """
-    mine = {r["key"]: r for r in finished(after)}
-    pairs = [(r, mine[r["key"]]) for r in finished(before) if r["key"] in mine]
+    exact, only = {}, {}
+    for r in finished(after):
+        exact[r["key"], r["environment_key"]] = r
+        # A point measured in several environments has no one partner in a further one.
+        only[r["key"]] = None if r["key"] in only else r
+    matched = [(r, exact.get((r["key"], r["environment_key"])) or only.get(r["key"])) for r in finished(before)]
+    pairs = [(b, a) for b, a in matched if a is not None]
     raw = [
         float(mannwhitneyu(b["samples"], a["samples"]).pvalue) if b["samples"] and a["samples"] else 1.0
         for b, a in pairs

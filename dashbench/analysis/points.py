@@ -6,7 +6,7 @@ shape, timed the same way. Sparsity and method are what is compared, so they are
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -14,6 +14,14 @@ DENSE_FAMILIES = ("dense", "fa3")
 
 # Methods that are dense but not the same computation (another precision) never serve as the dense baseline.
 NOT_A_BASELINE = ("fa3@fp8",)
+
+# The most telling way of timing that a store has, first found wins: graph replay hides the launch cost, cold
+# caches are what a model sees.
+TIMING_PREFERENCE = (("cold", "graph"), ("cold", "eager"), ("warm", "graph"), ("warm", "eager"))
+
+
+class AnalysisError(Exception):
+    """Rows that do not answer the question; the message is one sentence."""
 
 
 class Setting(NamedTuple):
@@ -74,9 +82,39 @@ def is_dense(row: dict[str, Any]) -> bool:
     return row["method"].split("@")[0] in DENSE_FAMILIES and row["method"] not in NOT_A_BASELINE
 
 
+def kernel_rows(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of single attention operators; models, training and accuracy have kinds of their own."""
+    return [r for r in rows if r.get("kind", "kernel") == "kernel"]
+
+
+def one_environment(rows: Iterable[dict[str, Any]], wanted: str | None = None) -> list[dict[str, Any]]:
+    """The rows of one environment.
+
+    Args:
+        rows: finished rows that are to be compared with each other.
+        wanted: its key, or the beginning of it; None: whichever it is.
+
+    Raises:
+        AnalysisError: rows of several environments, or none of that name.
+    """
+    rows = list(rows)
+    counts = Counter(r["environment_key"] for r in rows)
+    if wanted is not None:
+        counts = Counter({k: n for k, n in counts.items() if k.startswith(wanted)})
+        if not counts:
+            raise AnalysisError(f"no rows of environment {wanted}")
+    if len(counts) > 1:
+        names = ", ".join(f"{k} ({n} rows)" for k, n in sorted(counts.items()))
+        raise AnalysisError(
+            f"rows of {len(counts)} environments are not compared with each other: {names}; "
+            "choose with --environment"
+        )
+    return [r for r in rows if r["environment_key"] in counts]
+
+
 def finished(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows that have a latency, in a stable order."""
-    ok = [r for r in rows if r["status"] == "ok"]
+    ok = [r for r in kernel_rows(rows) if r["status"] == "ok"]
     return sorted(ok, key=lambda r: (setting(r), r["method"], r["sparsity_target"] or 0.0, r["key"]))
 
 

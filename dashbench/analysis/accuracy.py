@@ -1,0 +1,287 @@
+"""Accuracy rows, one a sample, as a table of configurations by documents, and what its draws say.
+
+Configurations are compared on identical documents only. A configuration is a method on one checkpoint at one
+sparsity asked for (or, where none was asked for, with one set of knobs).
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy.stats import binomtest, norm
+
+from dashbench.analysis.points import AnalysisError
+from dashbench.analysis.statistics import RESAMPLES, Interval, holm, percentile_interval
+
+POWER = 0.8
+SIGNIFICANCE = 0.05
+
+
+class Configuration(NamedTuple):
+    """What is compared on accuracy."""
+
+    method: str
+    checkpoint: str
+    sparsity_target: float | None
+    knob: str
+
+    @property
+    def asked(self) -> str:
+        """The sparsity asked for, or the knobs, as a reader would write them."""
+        if self.sparsity_target is not None:
+            return f"{100 * self.sparsity_target:g} %"
+        return ", ".join(f"{k} {v}" for k, v in sorted(json.loads(self.knob).items()))
+
+    @property
+    def label(self) -> str:
+        """`dash 75 %`."""
+        return f"{self.method} {self.asked}".strip()
+
+    @property
+    def order(self) -> tuple[Any, ...]:
+        """Sorts methods by name and each by sparsity."""
+        return (self.method, self.checkpoint, self.sparsity_target or 0.0, self.knob)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of several configurations on identical documents of one length.
+
+    Attributes:
+        length: tokens asked for.
+        configurations: `[C]`, in a stable order.
+        tasks: `[D]`, the task of each document.
+        documents: `[D]`, (task, document, hash of the prompt).
+        score: `[C, D]`, 0 to 1.
+        sparsity: `[C, D]`, measured `s_flop`.
+        left_out: why a configuration is not here.
+    """
+
+    length: int
+    configurations: list[Configuration]
+    tasks: list[str]
+    documents: list[tuple[str, str, str]]
+    score: np.ndarray
+    sparsity: np.ndarray
+    left_out: dict[Configuration, str] = field(default_factory=dict)
+
+
+def accuracy_rows(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of kind `accuracy` that have a score."""
+    return [r for r in rows if r.get("kind") == "accuracy" and r["status"] == "ok"]
+
+
+def configuration(row: dict[str, Any]) -> Configuration:
+    """The configuration of an accuracy row."""
+    target = row.get("sparsity_target")
+    knob = {} if target is not None else row.get("knob") or {}
+    if target is None and not knob and row.get("preset"):
+        knob = {"preset": row["preset"]}
+    return Configuration(
+        row["method"], str(row.get("checkpoint") or ""), target, json.dumps(knob, sort_keys=True)
+    )
+
+
+def _common(held: dict[Configuration, dict], left_out: dict[Configuration, str]) -> list:
+    """Documents that every configuration has; those that would leave none are taken out of `held`."""
+    while True:
+        shared = set.intersection(*(set(documents) for documents in held.values()))
+        tasks = set.intersection(*({d[0] for d in documents} for documents in held.values()))
+        if (shared and tasks == {d[0] for d in shared}) or len(held) == 1:
+            return sorted(shared)
+        least = min(held, key=lambda c: (len(held[c]), [-ord(x) for x in c.label]))
+        left_out[least] = "no documents in common with the others for every task"
+        del held[least]
+
+
+def scores(
+    rows: Iterable[dict[str, Any]], tasks: Sequence[str] | None = None, lengths: Sequence[int] | None = None
+) -> list[Scores]:
+    """Tables of scores, one a length, ascending.
+
+    Args:
+        rows: stored rows of any kind.
+        tasks, lengths: restrict to these.
+
+    Raises:
+        AnalysisError: no accuracy rows, or none of these tasks and lengths.
+    """
+    found = accuracy_rows(rows)
+    if not found:
+        raise AnalysisError("no accuracy rows here: run a suite of kind accuracy first")
+    have = sorted({r["task"] for r in found}), sorted({r["length"] for r in found})
+    found = [
+        r for r in found if (not tasks or r["task"] in tasks) and (not lengths or r["length"] in lengths)
+    ]
+    if not found:
+        names, sizes = ", ".join(have[0]), ", ".join(map(str, have[1]))
+        raise AnalysisError(f"no accuracy rows of that task and length; there are {names} at {sizes} tokens")
+    by_length: dict[int, dict[Configuration, dict]] = defaultdict(lambda: defaultdict(dict))
+    for r in sorted(found, key=lambda r: (str(r.get("timestamp", "")), r["key"])):
+        document = (r["task"], str(r["doc_id"]), str(r.get("prompt_hash") or ""))
+        by_length[r["length"]][configuration(r)][document] = r
+    out = []
+    for length in sorted(by_length):
+        held = {c: by_length[length][c] for c in sorted(by_length[length], key=lambda c: c.order)}
+        left_out: dict[Configuration, str] = {}
+        documents = _common(held, left_out)
+        cells = [[held[c][d] for d in documents] for c in held]
+        out.append(
+            Scores(
+                length,
+                list(held),
+                [d[0] for d in documents],
+                documents,
+                np.array([[r["score"] for r in line] for line in cells], dtype=float),
+                np.array([[r.get("s_flop") or 0.0 for r in line] for line in cells], dtype=float),
+                left_out,
+            )
+        )
+    return out
+
+
+def _by_task(table: Scores) -> list[np.ndarray]:
+    names = np.array(table.tasks)
+    return [np.flatnonzero(names == task) for task in sorted(set(table.tasks))]
+
+
+def task_mean(table: Scores, values: np.ndarray) -> np.ndarray:
+    """Mean over documents within a task, then over tasks: `[..., D] -> [...]`."""
+    return np.mean([values[..., members].mean(-1) for members in _by_task(table)], axis=0)
+
+
+def draws(table: Scores, seed: int = 0, resamples: int = RESAMPLES) -> tuple[np.ndarray, np.ndarray]:
+    """Bootstrap over documents, the same documents for all configurations of a draw.
+
+    Two documents that everybody answers and two that nobody does, split over the tasks, join the pool (after
+    Agresti and Coull 1998): without them a configuration that answered everything would have an interval of
+    no width.
+
+    Returns:
+        (accuracy, sparsity), each `[S, C]`.
+    """
+    random = np.random.default_rng(seed)
+    accuracy, sparsity = [], []
+    groups = _by_task(table)
+    for members in groups:
+        n, extra = members.size, 2.0 / len(groups)
+        pool = np.append(np.ones(n), [extra, extra]) / (n + 2 * extra)
+        weights = random.multinomial(n, pool, size=resamples).astype(float)
+        ends = np.tile([1.0, 0.0], (len(table.configurations), 1))
+        accuracy.append(weights @ np.hstack([table.score[:, members], ends]).T / n)
+        real = weights[:, :n]
+        real[real.sum(1) == 0] = 1.0
+        sparsity.append(real @ table.sparsity[:, members].T / real.sum(1, keepdims=True))
+    return np.mean(accuracy, axis=0), np.mean(sparsity, axis=0)
+
+
+def around(values: np.ndarray, value: float) -> Interval:
+    """Percentile interval that always holds its own value."""
+    found = percentile_interval(values, value)
+    return Interval(found.value, min(found.low, found.value), max(found.high, found.value))
+
+
+@dataclass(frozen=True)
+class PairedTest:
+    """Two configurations on identical documents.
+
+    Attributes:
+        first, second: the configurations.
+        difference: mean score of the first minus that of the second, 95 % paired bootstrap interval.
+        only_first, only_second: documents that one answers (score of at least a half) and the other does not.
+        mcnemar: exact p-value on those, Holm-adjusted over all pairs tested together.
+        bootstrap: two-sided p-value of the difference by the bootstrap's standard error, Holm-adjusted likewise.
+        documents: how many there are.
+        needed: documents with which a difference of this size would be settled (80 % power, 5 % level, corrected for the number of pairs);
+            None if the difference is settled already, or is exactly zero.
+    """
+
+    first: Configuration
+    second: Configuration
+    difference: Interval
+    only_first: int
+    only_second: int
+    mcnemar: float
+    bootstrap: float
+    documents: int
+    needed: int | None
+
+    @property
+    def settled(self) -> bool:
+        """Whether the data separate the two after correction for multiplicity."""
+        return self.bootstrap < SIGNIFICANCE
+
+
+def difference_draws(table: Scores, first: int, second: int, seed: int) -> np.ndarray:
+    """Draws of the difference of mean scores, `[RESAMPLES]`; half a document in favour of each side, split
+    over the tasks, joins the pool (after Agresti and Min 2005), so that agreement everywhere leaves some
+    doubt."""
+    random = np.random.default_rng(seed)
+    parts = []
+    groups = _by_task(table)
+    for members in groups:
+        n, extra = members.size, 0.5 / len(groups)
+        values = np.append(table.score[first, members] - table.score[second, members], [1.0, -1.0])
+        pool = np.append(np.ones(n), [extra, extra]) / (n + 2 * extra)
+        parts.append(random.multinomial(n, pool, size=RESAMPLES) @ values / n)
+    return np.mean(parts, axis=0)
+
+
+def samples_needed(differences: np.ndarray, pairs: int = 1) -> int | None:
+    """Documents for 80 % power at the 5 % level shared by so many pairs (Bonferroni), by the normal
+    approximation; None for a zero mean."""
+    mean, spread = float(np.mean(differences)), float(np.std(differences, ddof=1))
+    if mean == 0.0 or differences.size < 2:
+        return None
+    sides = float(norm.ppf(1 - SIGNIFICANCE / 2 / pairs) + norm.ppf(POWER))
+    return int(np.ceil((sides * spread / mean) ** 2))
+
+
+def paired_tests(table: Scores, pairs: Sequence[tuple[int, int]], seed: int = 0) -> list[PairedTest]:
+    """Tests pairs of configurations, corrected for their number.
+
+    Args:
+        table: scores.
+        pairs: indices into `table.configurations`.
+        seed: of the resampling.
+    """
+    raw = []
+    for i, (a, b) in enumerate(pairs):
+        values = difference_draws(table, a, b, seed * 7919 + i)
+        mean = float(task_mean(table, table.score[a] - table.score[b]))
+        # Counting draws beyond zero bottoms out at 1/RESAMPLES, which many pairs corrected together exceed.
+        p = float(2 * norm.sf(abs(mean) / values.std()))
+        right = table.score[[a, b]] >= 0.5
+        one, other = int((right[0] & ~right[1]).sum()), int((right[1] & ~right[0]).sum())
+        exact = binomtest(one, one + other).pvalue if one + other else 1.0
+        raw.append((values, p, one, other, float(exact)))
+    adjusted = holm([r[1] for r in raw]) if raw else []
+    exacts = holm([r[4] for r in raw]) if raw else []
+    out = []
+    for (a, b), (values, _, one, other, _), p, exact in zip(pairs, raw, adjusted, exacts, strict=True):
+        each = table.score[a] - table.score[b]
+        mean = float(task_mean(table, each))
+        needed = samples_needed(each, len(pairs)) if p >= SIGNIFICANCE else None
+        first, second = table.configurations[a], table.configurations[b]
+        out.append(
+            PairedTest(first, second, around(values, mean), one, other, exact, p, each.size, needed)
+        )
+    return out
+
+
+def natural_pairs(table: Scores) -> list[tuple[int, int]]:
+    """The comparisons a reader asks for: every sparse configuration with dense, and methods with each other
+    at the same sparsity asked for."""
+    found = []
+    names = table.configurations
+    for i, a in enumerate(names):
+        for j, b in enumerate(names):
+            same = a.sparsity_target is not None and a.sparsity_target == b.sparsity_target
+            if (b.method == "dense" and a.method != "dense") or (same and a.method < b.method):
+                found.append((i, j))
+    return found

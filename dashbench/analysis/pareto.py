@@ -1,0 +1,326 @@
+"""Accuracy against a cost: which configurations are worth having, how sure that is, and what can be read off."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from dashbench.analysis.accuracy import (
+    Configuration,
+    PairedTest,
+    Scores,
+    around,
+    draws,
+    natural_pairs,
+    paired_tests,
+    scores,
+    task_mean,
+)
+from dashbench.analysis.frontier import attainment, hypervolume, nondominated
+from dashbench.analysis.joining import KernelCosts, relative_flops
+from dashbench.analysis.points import AnalysisError, finished, one_environment
+from dashbench.analysis.statistics import Interval
+
+Axis = Literal["sparsity", "latency", "memory", "flops"]
+AXES: dict[str, str] = {
+    "sparsity": "kept tokens (share of causal)",
+    "latency": "latency of one layer's attention (ms)",
+    "memory": "extra memory of one layer's attention (MiB)",
+    "flops": "FLOPs with routing (share of dense)",
+}
+SURE = 0.95
+GRID = 121
+# Accuracy that "equal accuracy" may lose against dense, as a share of 1.
+ALLOWED_LOSS = 0.01
+SPARSITIES = (0.5, 0.75, 0.875, 0.9375)
+
+
+@dataclass(frozen=True)
+class FrontierPoint:
+    """A configuration in the plane.
+
+    Attributes:
+        configuration: which.
+        sparsity: measured `s_flop`, mean over documents.
+        cost, accuracy: with 95 % bootstrap intervals.
+        probability: share of the draws in which no other configuration dominates it.
+        mark: `on` the frontier or `off` it in at least 95 % of the draws; otherwise a `tie`, which the data
+            cannot separate from the frontier.
+    """
+
+    configuration: Configuration
+    sparsity: float
+    cost: Interval
+    accuracy: Interval
+    probability: float
+    mark: Literal["on", "tie", "off"]
+
+
+@dataclass(frozen=True)
+class MethodFrontier:
+    """The frontier of one method's configurations.
+
+    Attributes:
+        method: name.
+        grid: `[G]` costs.
+        low, middle, high: `[G]` accuracy attained by 97.5, 50 and 2.5 % of the draws; −inf where fewer do.
+        hypervolume: share of the rectangle from the reference point to (no cost, all right) that is dominated.
+    """
+
+    method: str
+    grid: np.ndarray
+    low: np.ndarray
+    middle: np.ndarray
+    high: np.ndarray
+    hypervolume: Interval
+
+
+@dataclass(frozen=True)
+class Readout:
+    """One number read off the frontiers.
+
+    Attributes:
+        method: whose.
+        question: `speedup at equal accuracy`, `accuracy at equal sparsity` or `accuracy at equal latency`.
+        at: what is held equal, in words.
+        value: with its interval; None if the method does not get there.
+        reached: share of the draws in which the method gets there.
+    """
+
+    method: str
+    question: str
+    at: str
+    value: Interval | None
+    reached: float
+
+
+@dataclass(frozen=True)
+class Pareto:
+    """Everything about one length.
+
+    Attributes:
+        axis: the cost.
+        table: the scores.
+        points: by method and sparsity.
+        methods: a frontier for each method.
+        differences: hypervolume of a method less that of another, with intervals.
+        readouts, tests: what was read off, and the paired tests.
+        left_out: configurations without a place in the plane, and why.
+        note: where costs come from.
+    """
+
+    axis: Axis
+    table: Scores
+    points: list[FrontierPoint]
+    methods: list[MethodFrontier]
+    differences: list[tuple[str, str, Interval]]
+    readouts: list[Readout]
+    tests: list[PairedTest]
+    left_out: dict[Configuration, str] = field(default_factory=dict)
+    note: str = ""
+
+
+def _costs(
+    axis: Axis, table: Scores, sparsity: np.ndarray, kernels: KernelCosts | None
+) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
+    """Point costs `[C]`, draws `[S, C]`, and why some are missing."""
+    values, drawn, missing = [], [], {}
+    means = task_mean(table, table.sparsity)
+    for i, c in enumerate(table.configurations):
+        if axis == "sparsity":
+            values.append(1 - means[i])
+            drawn.append(1 - sparsity[:, i])
+        elif axis == "flops":
+            values.append(float(relative_flops(c.method, means[i])))
+            drawn.append(relative_flops(c.method, sparsity[:, i]))
+        else:
+            found = kernels.cost(c.method, float(means[i]), table.length) if kernels else None
+            scale = 1.0 if axis == "latency" else 1 / 2**20
+            if found is None:
+                missing[i] = f"no kernel rows at its sparsity and {table.length} tokens"
+                values.append(np.nan)
+                drawn.append(np.full(len(sparsity), np.nan))
+            else:
+                values.append(found.value * scale)
+                drawn.append(found.draws * scale)
+    return np.array(values), np.stack(drawn, 1), missing
+
+
+def _interpolated(x: np.ndarray, y: np.ndarray, at: float) -> np.ndarray:
+    """`y` at `at` along the curve through each draw's points, `[S, P] -> [S]`; NaN outside of them."""
+    order = np.argsort(x, axis=1, kind="stable")
+    x, y = np.take_along_axis(x, order, 1), np.take_along_axis(y, order, 1)
+    right = np.clip((x < at).sum(1), 1, x.shape[1] - 1) if x.shape[1] > 1 else np.zeros(len(x), dtype=int)
+    rows = np.arange(len(x))
+    left = np.maximum(right - 1, 0)
+    x0, x1, y0, y1 = x[rows, left], x[rows, right], y[rows, left], y[rows, right]
+    share = np.where(x1 > x0, (at - x0) / np.where(x1 > x0, x1 - x0, 1.0), 0.0)
+    # Measured sparsities wobble about the one asked for; a hair outside still counts as there.
+    outside = (share < -0.05) | (share > 1.05) if x.shape[1] > 1 else np.abs(x0 - at) > 0.01
+    return np.where(outside, np.nan, y0 + np.clip(share, 0.0, 1.0) * (y1 - y0))
+
+
+def _cheapest(cost: np.ndarray, accuracy: np.ndarray, floor: np.ndarray) -> np.ndarray:
+    """Least cost at which a draw's curve (accuracy over log cost, its points joined) is at least `floor[S]`;
+    NaN where it never is."""
+    order = np.argsort(cost, axis=1, kind="stable")
+    x, y = np.log(np.take_along_axis(cost, order, 1)), np.take_along_axis(accuracy, order, 1)
+    enough = y >= floor[:, None]
+    first = np.where(enough.any(1), enough.argmax(1), -1)
+    out = np.full(len(x), np.nan)
+    rows = np.flatnonzero(first >= 0)
+    out[rows] = x[rows, first[rows]]
+    inside = np.flatnonzero(first > 0)
+    right = first[inside]
+    y0, y1 = y[inside, right - 1], y[inside, right]
+    share = (floor[inside] - y0) / (y1 - y0)
+    out[inside] = x[inside, right - 1] + share * (x[inside, right] - x[inside, right - 1])
+    return np.exp(out)
+
+
+def _readout(method: str, question: str, at: str, value: float, values: np.ndarray) -> Readout:
+    reached = np.isfinite(values)
+    share = float(reached.mean())
+    known = np.isfinite(value) and share > 0.5
+    return Readout(method, question, at, around(values[reached], value) if known else None, share)
+
+
+def _read_off(axis: Axis, table: Scores, cost: np.ndarray, accuracy: np.ndarray) -> list[Readout]:
+    """Read-outs from draws whose first row is the point estimate."""
+    out: list[Readout] = []
+    methods = sorted({c.method for c in table.configurations})
+    members = {m: [i for i, c in enumerate(table.configurations) if c.method == m] for m in methods}
+    sparse = [m for m in methods if m != "dense"]
+    if axis == "sparsity":
+        for s in SPARSITIES:
+            for m in sparse:
+                values = _interpolated(1 - cost[:, members[m]], accuracy[:, members[m]], s)
+                if np.isfinite(values).any():
+                    at = f"{100 * s:g} % sparsity"
+                    out.append(_readout(m, "accuracy at equal sparsity", at, values[0], values[1:]))
+    if "dense" not in members:
+        return out
+    dense = members["dense"][0]
+    floor = accuracy[:, dense] - ALLOWED_LOSS
+    for m in sparse:
+        values = cost[:, dense] / _cheapest(cost[:, members[m]], accuracy[:, members[m]], floor)
+        question = {
+            "latency": "speedup at equal accuracy",
+            "memory": "memory saved at equal accuracy",
+            "sparsity": "tokens saved at equal accuracy",
+            "flops": "FLOPs saved at equal accuracy",
+        }[axis]
+        at = f"at most {100 * ALLOWED_LOSS:g} point below dense"
+        out.append(_readout(m, question, at, values[0], values[1:]))
+    if axis == "latency":
+        for share in (0.75, 0.5, 0.33):
+            for m in sparse:
+                values = _interpolated(
+                    np.log(cost[:, members[m]] / cost[:, [dense]]), accuracy[:, members[m]], float(np.log(share))
+                )
+                if np.isfinite(values).any():
+                    at = f"{100 * share:g} % of dense latency"
+                    out.append(_readout(m, "accuracy at equal latency", at, values[0], values[1:]))
+    return out
+
+
+def _one_length(axis: Axis, table: Scores, kernels: KernelCosts | None, seed: int) -> Pareto:
+    accuracy, sparsity = draws(table, seed)
+    values = task_mean(table, table.score)
+    means = task_mean(table, table.sparsity)
+    costs, cost_draws, missing = _costs(axis, table, sparsity, kernels)
+    left_out = {**table.left_out, **{table.configurations[i]: why for i, why in missing.items()}}
+    keep = [i for i in range(len(table.configurations)) if i not in missing]
+    tests = paired_tests(table, natural_pairs(table), seed + 1)
+    if not keep:
+        return Pareto(axis, table, [], [], [], [], tests, left_out)
+    kept = Scores(
+        table.length,
+        [table.configurations[i] for i in keep],
+        table.tasks,
+        table.documents,
+        table.score[keep],
+        table.sparsity[keep],
+    )
+    accuracy, cost_draws, costs, values = accuracy[:, keep], cost_draws[:, keep], costs[keep], values[keep]
+    on = nondominated(cost_draws, accuracy).mean(0)
+    points = [
+        FrontierPoint(
+            c,
+            float(means[keep[i]]),
+            around(cost_draws[:, i], float(costs[i])),
+            around(accuracy[:, i], float(values[i])),
+            float(on[i]),
+            "on" if on[i] >= SURE else "off" if on[i] <= 1 - SURE else "tie",
+        )
+        for i, c in enumerate(kept.configurations)
+    ]
+    worst = 1.0 if axis in ("sparsity", "flops") else float(costs.max())
+    grid = np.geomspace(max(costs.min(), 1e-3 * worst) / 1.3, worst, GRID)
+    methods, volumes = [], {}
+    for m in sorted({c.method for c in kept.configurations}):
+        mine = [i for i, c in enumerate(kept.configurations) if c.method == m]
+        x, y = cost_draws[:, mine], accuracy[:, mine]
+        volumes[m] = (
+            float(hypervolume(costs[mine], values[mine], (worst, 0.0))) / worst,
+            hypervolume(x, y, (worst, 0.0)) / worst,
+        )
+        low, middle, high = attainment(x, y, grid, (0.975, 0.5, 0.025))
+        methods.append(MethodFrontier(m, grid, low, middle, high, around(volumes[m][1], volumes[m][0])))
+    names = [m for m in volumes if m != "dense"]
+    differences = [
+        (a, b, around(volumes[a][1] - volumes[b][1], volumes[a][0] - volumes[b][0]))
+        for i, a in enumerate(names)
+        for b in names[i + 1 :]
+    ]
+    readouts = _read_off(
+        axis, kept, np.vstack([costs, cost_draws]), np.vstack([values, accuracy])
+    )
+    note = ""
+    if axis in ("latency", "memory") and kernels is not None:
+        note = f"{axis} of {kernels.phase}, batch {kernels.batch}, {' cache, '.join(kernels.way)}, from kernel rows"
+    return Pareto(axis, table, points, methods, differences, readouts, tests, left_out, note)
+
+
+def pareto(
+    rows: Iterable[dict[str, Any]],
+    axis: Axis = "sparsity",
+    tasks: list[str] | None = None,
+    lengths: list[int] | None = None,
+    phase: str = "prefill",
+    batch: int | None = None,
+    environment: str | None = None,
+    seed: int = 0,
+) -> list[Pareto]:
+    """Frontiers of accuracy against a cost, one a length.
+
+    Args:
+        rows: stored rows of any kind.
+        axis: `sparsity` (kept tokens), `latency`, `memory` (kernel rows at that sparsity and length) or
+            `flops` (by formula, routing included).
+        tasks, lengths: restrict to these.
+        phase, batch: which kernel rows give latency and memory.
+        environment: key of the environment, where rows come from several.
+        seed: of the resampling.
+
+    Raises:
+        AnalysisError: no accuracy rows, rows of several environments, or no kernel rows where they are needed.
+    """
+    rows = list(rows)
+    samples = [r for r in rows if r.get("kind") == "accuracy" and r["status"] == "ok"]
+    found = scores(one_environment(samples, environment) if samples else samples, tasks, lengths)
+    kernels = None
+    if axis in ("latency", "memory"):
+        timed = finished(rows)
+        if not timed:
+            raise AnalysisError(f"no kernel rows here: accuracy against {axis} needs both kinds in the stores")
+        quantity = "latency_ms" if axis == "latency" else "peak_bytes"
+        kernels = KernelCosts(one_environment(timed, environment), phase, batch, quantity)
+    out = [_one_length(axis, table, kernels, seed) for table in found]
+    if not any(p.points for p in out):
+        c, why = next(iter(out[0].left_out.items()))
+        raise AnalysisError(f"no configuration has a {axis}: {c.label}: {why}")
+    return out
