@@ -1,6 +1,6 @@
 """A Llama as transformers names its parameters, bare enough to be captured in a CUDA graph.
 
-The state dict loads into `transformers.LlamaForCausalLM` and back; `tests/test_miniature.py` compares the outputs.
+The state dict loads into `transformers.LlamaForCausalLM` and back; a test compares the outputs.
 """
 
 from __future__ import annotations
@@ -9,26 +9,9 @@ import math
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-
-class LlamaShape(BaseModel):
-    """Sizes of the model, by transformers' names."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    vocab_size: int = 3072
-    hidden_size: int = 128
-    intermediate_size: int = 320
-    num_hidden_layers: int = 4
-    num_attention_heads: int = 8
-    num_key_value_heads: int = 2
-    head_dim: int = 64
-    rope_theta: float = 500_000.0
-    rms_norm_eps: float = 1e-6
-    max_position_embeddings: int = 32768
-    tie_word_embeddings: bool = True
+from dashbench.miniature.shape import LlamaShape
 
 
 class Norm(nn.Module):
@@ -74,10 +57,14 @@ class Attention(nn.Module):
             p(hidden).view(heads).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
         )
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        output = self.core(query, key, value)
+        return self.o_proj(output.transpose(1, 2).reshape(batch, length, -1))
+
+    def core(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Causal attention after RoPE: dense here; `continuation.swap_attention` replaces it."""
         group = self.shape.num_attention_heads // self.shape.num_key_value_heads
         key, value = (s.repeat_interleave(group, 1) for s in (key, value))
-        output = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        return self.o_proj(output.transpose(1, 2).reshape(batch, length, -1))
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True)
 
 
 class Mlp(nn.Module):

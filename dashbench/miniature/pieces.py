@@ -47,8 +47,8 @@ TEMPLATES = {
     "equals": " = ",
     "equals_variable": " = VAR",
     "track_ask": "\nQuestion: Find all variables that are assigned the value ",
-    "track_answer": " in the text above. Answer: According to the chain(s) of variable assignment in the text above",
-    "track_count": ", 5 variables are assgined the value ",
+    "track_answer": " in the text above. Answer: According to the chain(s) of variable assignment",
+    "track_count": " in the text above, 5 variables are assgined the value ",
     "track_are": ", they are:",
     "track_end": "</s>",
     "repeated": "\n" + REPEATED,
@@ -79,15 +79,16 @@ def corpus() -> tuple[list[str], list[str]]:
 
 
 COMMON = (
-    "the of and to a in is that it was for on are as with they be at this have from or one had by but not what all "
-    "were we when your can said there use an each which she do how their if will up other about out many then them "
-    "these so some her would make like him into time has look two more write go see number no way could people my "
-    "than first water been call who oil its now find long down day did get come made may part over new sound take "
-    "only little work know place year live me back give most very after thing our just name good sentence man think "
-    "say great where help through much before line right too mean old any same tell boy follow came want show also "
-    "around form three small set put end does another well large must big even such because turn here why ask went "
-    "men read need land different home us move try kind hand picture again change off play spell air away animal "
-    "house point page letter mother answer found study still learn should world"
+    "the of and to a in is that it was for on are as with they be at this have from or one had by but "
+    "not what all were we when your can said there use an each which she do how their if will up other "
+    "about out many then them these so some her would make like him into time has look two more write "
+    "go see number no way could people my than first water been call who oil its now find long down day "
+    "did get come made may part over new sound take only little work know place year live me back give "
+    "most very after thing our just name good sentence man think say great where help through much "
+    "before line right too mean old any same tell boy follow came want show also around form three "
+    "small set put end does another well large must big even such because turn here why ask went men "
+    "read need land different home us move try kind hand picture again change off play spell air away "
+    "animal house point page letter mother answer found study still learn should world"
 )
 """Common English words, of which noise sentences are made."""
 
@@ -100,8 +101,8 @@ class Pieces:
         tokens: (pieces, LONGEST_PIECE) int16 token ids.
         lengths: (pieces,) int16.
         template: name -> piece number.
-        groups: name -> (first piece, count): keys, short_keys, values, short_values, variables, sentences; counts are
-            powers of two.
+        groups: name -> (first piece, count): keys, short_keys, values, short_values, variables, sentences;
+            counts are powers of two.
     """
 
     tokens: torch.Tensor
@@ -119,7 +120,7 @@ def make_pieces(tokenizer: Tokenizer, count: int, seed: int, held_out: bool) -> 
 
     Args:
         tokenizer: of `tokenizer.train_tokenizer`.
-        count: keys, values and variables each; twice a power of two is not needed, any number > 1,000 is good.
+        count: keys, values and variables each, rounded down to a power of two.
         seed: of the draw.
         held_out: draw from what training never sees, and from nothing else.
     """

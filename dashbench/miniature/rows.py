@@ -1,8 +1,8 @@
 """Rows of training data, drawn on the device without a synchronisation, so that a CUDA graph can hold them.
 
-A row is `<s>`, an introduction, lines (needles and noise in random order), then questions with their answers until the
-row is full. What varies from row to row: the number of lines, the share and the places of the needles, the form
-of the lines, the kind of the task, the keys; so nothing can be learnt by position.
+A row is `<s>`, an introduction, lines (needles and noise in random order), then questions with their answers
+until the row is full. What varies from row to row: the number of lines, the share and the places of the
+needles, the form of the lines, the kind of the task, the keys; so nothing can be learnt by position.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ class Batch:
 
     Attributes:
         tokens: (rows, length) int64.
-        answers: (rows, length) int8; what the token is: 0 not asked for, 1 part of an answer, 2 what ends it, 3 the space before.
+        answers: (rows, length) int8; what the token is: 0 not asked for, 1 part of an answer, 2 what ends it,
+            3 the space before it.
         question: (rows, length) int32 number of the question whose answer the token is part of; -1 elsewhere.
         kind: (rows,) index into KINDS.
     """
@@ -211,8 +212,10 @@ def draw_rows(pieces: Pieces, mixture: Mix, rows: int, length: int) -> Batch:
     names_again = names
     names = where(s4[..., None], t["nothing"], names)
     question_pieces = torch.cat(
-        [*(p[..., None] for p in (ask,)), names, middle[..., None], count_of[..., None], names_again]
-        + [last[..., None], gap[..., None], answers, end[..., None]],
+        [
+            *(ask[..., None], names, middle[..., None], count_of[..., None], names_again),
+            *(last[..., None], gap[..., None], answers, end[..., None]),
+        ],
         -1,
     ).masked_fill(~valid[..., None], t["nothing"])
     per_question = question_pieces.shape[-1]

@@ -102,7 +102,7 @@ def orthogonalise(matrices: Tensor) -> Tensor:
 
 
 class Muon:
-    """Momentum, orthogonalised, for the matrices of the layers; matrices of one shape are updated together."""
+    """Momentum, orthogonalised, for the matrices of the layers; those of one shape are updated together."""
 
     def __init__(self, parameters: list[nn.Parameter], rate: Tensor, momentum: float = 0.95):
         shapes = sorted({tuple(p.shape) for p in parameters})
