@@ -219,10 +219,13 @@ def draw_rows(pieces: Pieces, mixture: Mix, rows: int, length: int) -> Batch:
         -1,
     ).masked_fill(~valid[..., None], t["nothing"])
     per_question = question_pieces.shape[-1]
-    role = torch.zeros(per_question, device=device, dtype=torch.int8)
-    role[-1 - ANSWERS : -1] = 1
-    role[-1] = 2
-    role[-2 - ANSWERS] = 3
+    sizes = (per_question - ANSWERS - 2, 1, ANSWERS, 1)
+    role = torch.cat(
+        [
+            torch.full((size,), r, device=device, dtype=torch.int8)
+            for size, r in zip(sizes, (0, 3, 1, 2), strict=True)
+        ]
+    )
 
     plan = torch.cat([intro, line_pieces.flatten(1), question_pieces.flatten(1)], 1)
     head = plan.shape[1] - questions * per_question
