@@ -11,6 +11,7 @@ _HOME = {
     "dash_options": "dash",
     "DashAttention": "module",
     "DashCache": "cache",
+    "attend_cache": "decode",
     "decode_attention": "decode",
     "summarize_chunks": "summarize",
     "route_chunks": "route",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from dashbench.kernels.decode import DecodeCache, append
+from dashbench.kernels.decode import DecodeCache, DecodeLaunch, append, attend_cache
+from dashbench.kernels.reference import DashOptions
 
 
 class DashCache:
@@ -19,6 +20,8 @@ class DashCache:
         chunk_size: C.
         capacity: tokens a sequence to start with, rounded up to whole chunks.
         dtype, device: of keys, values and summaries.
+        left_padding: `[B]` int32 on the device: leading tokens that are padding (they are appended like
+            others, never attended, and chunks keep their padded places), or None.
     """
 
     def __init__(
@@ -30,6 +33,7 @@ class DashCache:
         capacity: int = 4096,
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cuda",
+        left_padding: torch.Tensor | None = None,
     ):
         if capacity < 1:
             raise ValueError(f"capacity must be positive, got {capacity}")
@@ -42,6 +46,7 @@ class DashCache:
             torch.zeros(shape, **options),
             torch.zeros(batch, kv_heads, chunks, head_dim, **options),
             torch.zeros(batch, dtype=torch.int32, device=device),
+            left_padding=left_padding,
         )
         self._tickets = torch.zeros(batch, dtype=torch.int32, device=device)
         self.longest = 0
@@ -69,6 +74,7 @@ class DashCache:
             _grown(old.value, chunks * self.chunk_size),
             _grown(old.summaries, chunks),
             old.lengths,
+            left_padding=old.left_padding,
         )
 
     def append(self, key: torch.Tensor, value: torch.Tensor, summary_query: torch.Tensor) -> None:
@@ -92,6 +98,30 @@ class DashCache:
         self.reserve(self.longest + key.shape[2])
         append(self.view, key, value, summary_query.contiguous(), self.chunk_size, self._tickets)
         self.advanced(key.shape[2])
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        options: DashOptions | None = None,
+        launch: DecodeLaunch = DecodeLaunch(),
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """DashAttention of the last T tokens of every sequence, for any T; see `decode.attend_cache`.
+
+        Args:
+            query: `[B, Hq, T, D]` of tokens that were appended already.
+            options: γ, α, σ and modes, of the cache's chunk size; default: `DashOptions` of that size.
+            launch: see `decode.DecodeLaunch`.
+
+        Returns:
+            (output `[B, Hq, T, D]`, active chunks `[B, Hkv, T]` int32).
+
+        Raises:
+            ValueError: another chunk size than the cache's.
+        """
+        options = options or DashOptions(self.chunk_size)
+        if options.chunk_size != self.chunk_size:
+            raise ValueError(f"chunks of {options.chunk_size}, but the cache has chunks of {self.chunk_size}")
+        return attend_cache(query, self.view, options, launch)
 
     def advanced(self, tokens: int) -> None:
         """Tell the host that replayed graphs appended `tokens` tokens to every sequence."""

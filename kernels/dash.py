@@ -12,8 +12,10 @@ from dataclasses import replace
 
 import torch
 
-from dashbench.kernels.attend import block_sparse_attention
+from dashbench.kernels.attend import block_sparse_attention, kernel_for
 from dashbench.kernels.backward import RoutingGradient, attention_gradients
+from dashbench.kernels.dense import dense_attention
+from dashbench.kernels.packed import packing
 from dashbench.kernels.reference import PRESETS, DashOptions
 from dashbench.kernels.route import Routes, route_chunks
 from dashbench.kernels.summarize import summarize_chunks
@@ -27,10 +29,20 @@ class _DashAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, query, key, value, summary_query, options: DashOptions, deterministic: bool, left_padding
+        ctx,
+        query,
+        key,
+        value,
+        summary_query,
+        options: DashOptions,
+        deterministic: bool,
+        left_padding,
+        sequences,
+        info: dict,
     ):
         summaries = summarize_chunks(key, summary_query, options.chunk_size, left_padding)
-        routes = route_with(query, summaries, options, left_padding, save=True)
+        routes = route_with(query, summaries, options, left_padding, save=True, sequences=sequences)
+        info.update(_sparse_info(query, key, routes, left_padding))
         out, lse = block_sparse_attention(query, key, value, routes, left_padding=left_padding)
         ctx.save_for_backward(
             query, key, value, summary_query, out, lse, summaries, routes.tau, routes.mask, left_padding
@@ -70,7 +82,7 @@ class _DashAttention(torch.autograd.Function):
         grad_summary = grads[3]
         if grad_summary is None:
             grad_summary = torch.zeros_like(summary_query)
-        return *grads[:3], grad_summary.to(summary_query.dtype), None, None, None
+        return *grads[:3], grad_summary.to(summary_query.dtype), None, None, None, None, None
 
 
 def prior_is_negligible(options: DashOptions) -> bool:
@@ -86,6 +98,7 @@ def route_with(
     options: DashOptions,
     left_padding: torch.Tensor | None = None,
     save: bool = False,
+    sequences: torch.Tensor | None = None,
 ) -> Routes:
     """`route.route_chunks` with the options of DashAttention; a bias that bf16 cannot hold is left out."""
     return route_chunks(
@@ -100,6 +113,7 @@ def route_with(
         sigma=options.sigma,
         left_padding=left_padding,
         save=save,
+        sequences=sequences,
     )
 
 
@@ -125,54 +139,118 @@ def dash_attention(
     preset: str | None = None,
     layout: str = "bhnd",
     left_padding: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
     deterministic: bool = False,
+    dense_below: int | None = None,
     return_active_blocks: bool = False,
     return_routing: bool = False,
+    return_info: bool = False,
     **options,
 ):
     """Causal DashAttention over whole sequences.
 
     Args:
         query: `[B, Hq, N, D]` (or `[B, N, Hq, D]` with `layout="bnhd"`), bf16 or fp16, after position
-            embedding; D 64 or 128.
-        key, value: `[B, Hkv, N, D]` (or `[B, N, Hkv, D]`).
+            embedding; D 64 or 128. With `cu_seqlens` B = 1, or `[N, Hq, D]`.
+        key, value: `[B, Hkv, N, D]` (or `[B, N, Hkv, D]`, or `[N, Hkv, D]`).
         summary_query: `[Hkv, D]`, or one a chunk `[B, Hkv, M, D]`.
         preset: `package` or `paper`: the options of one of the two published implementations.
         layout: `bhnd` or `bnhd`; neither is copied.
-        left_padding: `[B]` int32: leading padding tokens.
+        left_padding: `[B]` int32: leading padding tokens. Chunks keep their padded places; padding is
+            attended by nobody and its rows are zero.
+        cu_seqlens: `[S + 1]` int32: packed sequences, which attend themselves only, chunks counted from each
+            one's first token. All sequences run in one launch of every kernel, over a copy in which each
+            begins a chunk (`packed`); no copy is made if the tensor is on the CPU and all lengths are
+            multiples of C.
         deterministic: gradients bitwise reproducible (a little slower).
+        dense_below: run causal dense attention, without summaries and routing, if N is below this; None:
+            never. The summary query then has no gradient. Not for packed sequences.
         return_active_blocks: also return `[B, Hkv, N]` int32: chunks attended, the own one included.
-        return_routing: also return the `Routes`.
+        return_routing: also return the `Routes`, or None where dense attention ran.
+        return_info: also return a dict of what ran: `path` (`sparse` or `dense`), and for `sparse` the
+            attention `kernel` and `tile`, for `dense` the `backend`.
         **options: chunk_size (16, 32, 64, 128), scaling_factor γ, alpha in (1, 2], sigma, bias_mode
         (`centered`, `raw`, `none`), forced
             (`own`, `own_and_previous`), visibility (`own`, `completed`); see `reference.DashOptions`.
 
     Returns:
-        The output in the layout and dtype of `query`; with `return_active_blocks` or `return_routing` a
-        tuple that begins with it.
+        The output in the layout and dtype of `query`; with any `return_…` a tuple that begins with it, in the
+        order above.
 
     Raises:
-        ValueError: an unknown option.
+        ValueError: an unknown option, or options that exclude each other.
     """
     chosen = dash_options(preset, **options)
     if layout not in ("bhnd", "bnhd"):
         raise ValueError(f"layout is bhnd or bnhd, got {layout!r}")
-    if layout == "bnhd":
+    bare = query.dim() == 3
+    if bare:
+        if cu_seqlens is None:
+            raise ValueError("[N, H, D] tensors need cu_seqlens")
+        query, key, value = (x[None].transpose(1, 2) for x in (query, key, value))
+    elif layout == "bnhd":
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    training = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, summary_query))
+    if return_routing and training:
+        raise ValueError("return_routing is for inference: use torch.no_grad()")
+    packed = None
+    if cu_seqlens is not None:
+        _check_packed(query, summary_query, left_padding, dense_below, return_routing)
+        packed = packing(cu_seqlens, query.shape[2], chosen.chunk_size, query.device)
+        query, key, value = (packed.spread(x) for x in (query, key, value))
+    sequences = None if packed is None else packed.sequences
     active = routes = None
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, summary_query)):
-        if return_routing:
-            raise ValueError("return_routing is for inference: use torch.no_grad()")
+    info: dict = {}
+    if dense_below is not None and query.shape[2] < dense_below:
+        out, backend = dense_attention(query, key, value, left_padding)
+        info |= {"path": "dense", "backend": backend, "dense_below": dense_below}
+        if return_active_blocks:
+            active = _all_chunks(query, key, chosen.chunk_size, left_padding)
+    elif training:
         out, active = _DashAttention.apply(
-            query, key, value, summary_query, chosen, deterministic, left_padding
+            query, key, value, summary_query, chosen, deterministic, left_padding, sequences, info
         )
     else:
         summaries = summarize_chunks(key, summary_query, chosen.chunk_size, left_padding)
-        routes = route_with(
-            query, summaries, chosen, left_padding, save=return_active_blocks or return_routing
-        )
+        save = return_active_blocks or return_routing
+        routes = route_with(query, summaries, chosen, left_padding, save, sequences)
         out, _ = block_sparse_attention(query, key, value, routes, left_padding=left_padding)
         active = routes.active_blocks
-    out = out.transpose(1, 2) if layout == "bnhd" else out
-    extras = ([active] if return_active_blocks else []) + ([routes] if return_routing else [])
+        info |= _sparse_info(query, key, routes, left_padding)
+    if packed is not None:
+        out = packed.collect(out)
+        active = None if active is None else packed.collect(active)
+    if bare:
+        out = out.transpose(1, 2)[0]
+    elif layout == "bnhd":
+        out = out.transpose(1, 2)
+    wanted = ((return_active_blocks, active), (return_routing, routes), (return_info, info))
+    extras = [x for asked, x in wanted if asked]
     return (out, *extras) if extras else out
+
+
+def _check_packed(query, summary_query, left_padding, dense_below, return_routing) -> None:
+    if query.shape[0] != 1:
+        raise ValueError(f"packed sequences are one row: the batch is {query.shape[0]}, not 1")
+    if summary_query.dim() != 2:
+        raise ValueError("packed sequences take one summary query a KV head, [Hkv, D]")
+    for name, given in (
+        ("left_padding", left_padding is not None),
+        ("dense_below", dense_below is not None),
+        ("return_routing", return_routing),
+    ):
+        if given:
+            raise ValueError(f"{name} is not for packed sequences")
+
+
+def _sparse_info(query, key, routes: Routes, left_padding) -> dict:
+    kernel = kernel_for(query, key, routes, left_padding)
+    return {"path": "sparse", "kernel": kernel, "tile": routes.tile}
+
+
+def _all_chunks(query, key, chunk_size: int, left_padding) -> torch.Tensor:
+    """`[B, Hkv, N]` int32: chunks of real tokens from the first to the query's own; one for padding."""
+    own = torch.arange(query.shape[2], device=query.device) // chunk_size
+    first = 0 if left_padding is None else (left_padding // chunk_size)[:, None, None]
+    counted = (own - first + 1).clamp_min(1).int()
+    return counted.expand(query.shape[0], key.shape[1], -1).contiguous()

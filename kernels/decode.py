@@ -3,7 +3,7 @@
 Source: DashAttention (arXiv 2605.18753). Stages, each callable on its own on one `DecodeStep`:
 
     append    write new keys and values, summarise chunks that they complete, advance the lengths; for one new
-              token `scores` can do it on the side
+              token `scores` and `attend` can do it on the side
     scores    γ ⟨q, k̄⟩ / √D over the visible chunks
     route     entmax, mean over the group, list of active chunks in ascending order
     attend    attention over the list, every split an equal share of it
@@ -18,7 +18,7 @@ size, M chunks that the cache can hold.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -43,6 +43,8 @@ class DecodeCache:
         summaries: `[pages, Hkv, page_size / C, D]`, k̄ of complete chunks, paged alongside.
         lengths: `[B]` int32, tokens in the cache, on the device.
         page_table: `[B, pages a sequence]` int32, or None.
+        left_padding: `[B]` int32, leading tokens of each sequence that are padding, counted by `lengths`, or
+            None. Chunks keep their padded places.
     """
 
     key: torch.Tensor
@@ -50,6 +52,7 @@ class DecodeCache:
     summaries: torch.Tensor
     lengths: torch.Tensor
     page_table: torch.Tensor | None = None
+    left_padding: torch.Tensor | None = None
 
     @property
     def capacity(self) -> int:
@@ -84,6 +87,13 @@ LOG2_E = 1.4426950408889634
 
 ROUTE_TILE = 4096
 """Chunks whose scores a route program keeps in registers; it reads the rest again in every step."""
+
+
+STEP_SCORES = 1 << 26
+"""Routing scores (fp32) that one step of `attend_cache` may keep: 256 MiB."""
+
+MAX_ROWS = 65535
+"""Step rows of one launch: what the third axis of a CUDA grid holds."""
 
 
 class DecodeWorkspace:
@@ -175,21 +185,22 @@ class DecodeStep:
 
     def _common(self):
         launch = {"launch_pdl": True} if self.launch.overlap else {}
-        return {"PAGED": self.cache.page_table is not None, "PDL": self.launch.overlap, **launch}
+        padded, paged = self.cache.left_padding is not None, self.cache.page_table is not None
+        return {"PADDED": padded, "PAGED": paged, "PDL": self.launch.overlap, **launch}
 
     def scores(self) -> None:
-        """Routing scores into the workspace, and the new token into the cache."""
+        """Routing scores into the workspace, and the new token, if it was given, into the cache."""
         cache, space = self.cache, self.workspace
         table, table_stride, per_page = self._pages()
         tile = self.launch.score_tile
         tiles = triton.cdiv(self.chunks, tile) + (self.new is not None)
-        new_key, new_value, summary_query = self.new or (self.query,) * 3  # not read without a new token
+        new_key, new_value, _ = self.new or (self.query,) * 3  # not read without a new token
         scores_kernel[(tiles, self.kv_heads, self.rows)](
-            self.query, cache.summaries, cache.lengths, table, space.scores, space.weights,
-            new_key, new_value, cache.key, cache.value, summary_query,
+            self.query, cache.summaries, cache.lengths, _padding(cache), table, space.scores, space.weights,
+            new_key, new_value, cache.key, cache.value,
             _strides(self.query), _strides(cache.summaries), _strides(new_key), _strides(new_value),
             _strides(cache.key), _strides(cache.value), table_stride, per_page, self.new_tokens,
-            self.chunks, self.options.scaling_factor * self.scale, self.scale,
+            self.chunks, self.options.scaling_factor * self.scale,
             G=self.group, ROWS=_rows(self.group), C=self.options.chunk_size, D=self.head_dim, TILE=tile,
             COMPLETED=self.options.visibility == "completed", APPEND=self.new is not None, num_warps=4,
             **self._common(),
@@ -201,8 +212,8 @@ class DecodeStep:
         table, table_stride, per_page = self._pages()
         route_kernel[(self.kv_heads * self.group, self.rows)](
             space.scores, space.weights, space.lists, space.places, space.biases, space.counts,
-            self.cache.lengths, table, space.route_tickets, table_stride, per_page, self.new_tokens,
-            self.chunks, 1 / (options.alpha - 1), 1 / options.sigma,
+            self.cache.lengths, _padding(self.cache), table, space.route_tickets, table_stride, per_page,
+            self.new_tokens, self.chunks, 1 / (options.alpha - 1), 1 / options.sigma,
             G=self.group, C=options.chunk_size, TILE=min(ROUTE_TILE, triton.next_power_of_2(self.chunks)),
             ALPHA_IS_1_5=options.alpha == 1.5, BIAS=options.bias_mode,
             FORCE_PREVIOUS=options.forced == "own_and_previous",
@@ -212,21 +223,26 @@ class DecodeStep:
     def attend(self) -> None:
         """Partial attention of every split."""
         cache, space = self.cache, self.workspace
-        per_page = self._pages()[2]
-        attend_kernel[(space.splits, self.kv_heads, self.rows)](
-            self.query, cache.key, cache.value, space.lists if cache.page_table is None else space.places,
-            space.biases, space.counts, cache.lengths, space.partial_output, space.partial_statistics,
-            _strides(self.query), _strides(cache.key), _strides(cache.value), per_page, self.new_tokens,
-            self.chunks, self.scale * LOG2_E,
+        table, table_stride, per_page = self._pages()
+        summary_query = self.new[2] if self.new else self.query  # not read without a new token
+        attend_kernel[(space.splits + (self.new is not None), self.kv_heads, self.rows)](
+            self.query, cache.key, cache.value,
+            space.lists, space.lists if cache.page_table is None else space.places,
+            space.biases, space.counts, cache.lengths, _padding(cache), space.partial_output,
+            space.partial_statistics,
+            cache.summaries, summary_query, table,
+            _strides(self.query), _strides(cache.key), _strides(cache.value), _strides(cache.summaries),
+            table_stride, per_page, self.new_tokens, self.chunks, space.splits, self.scale,
+            self.scale * LOG2_E,
             G=self.group, ROWS=_rows(self.group), C=self.options.chunk_size, D=self.head_dim,
             BLOCK=max(64, self.options.chunk_size), STAGES=self.launch.stages, BIAS=self.options.bias_mode,
-            num_warps=self.launch.attend_warps, **self._common(),
+            SUMMARIZE=self.new is not None, num_warps=self.launch.attend_warps, **self._common(),
         )  # fmt: skip
 
     def combine(self) -> torch.Tensor:
         """Join the splits; returns the output `[B, Hq, T, D]`."""
         space, common, width = self.workspace, self._common(), 32
-        del common["PAGED"]
+        del common["PADDED"], common["PAGED"]
         combine_kernel[(self.head_dim // width, self.kv_heads * self.group, self.rows)](
             space.partial_output, space.partial_statistics, self.output, _strides(self.output),
             self.new_tokens, space.splits,
@@ -271,10 +287,11 @@ def append(
         per_page = cache.key.shape[2] // chunk_size
     launch = {"launch_pdl": True} if overlap else {}
     append_kernel[((new_tokens - 1) // chunk_size + 2, kv_heads, batch)](
-        new_key, new_value, cache.key, cache.value, cache.summaries, summary_query, cache.lengths, table,
-        tickets, _strides(new_key), _strides(new_value), _strides(cache.key), _strides(cache.value),
-        _strides(cache.summaries), table_stride, per_page, new_tokens, head_dim**-0.5,
-        C=chunk_size, D=head_dim, PAGED=cache.page_table is not None, PDL=overlap, num_warps=4, **launch,
+        new_key, new_value, cache.key, cache.value, cache.summaries, summary_query, cache.lengths,
+        _padding(cache), table, tickets, _strides(new_key), _strides(new_value), _strides(cache.key),
+        _strides(cache.value), _strides(cache.summaries), table_stride, per_page, new_tokens, head_dim**-0.5,
+        C=chunk_size, D=head_dim, PADDED=cache.left_padding is not None, PAGED=cache.page_table is not None,
+        PDL=overlap, num_warps=4, **launch,
     )  # fmt: skip
 
 
@@ -294,17 +311,56 @@ def decode_attention(
     return step.run(), step.workspace
 
 
+def attend_cache(
+    query: torch.Tensor,
+    cache: DecodeCache,
+    options: DashOptions = DashOptions(),
+    launch: DecodeLaunch = DecodeLaunch(),
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """DashAttention of the sequences' last T tokens for any T: the next piece of a prompt, a speculative
+    guess.
+
+    A `decode_attention` whose buffers stay within `STEP_SCORES` numbers; longer queries run in slices. Every
+    token is a row of its own there, so for many tokens at once a whole prefill is faster.
+
+    Args:
+        query: `[B, Hq, T, D]`, the last T tokens of each sequence in the cache, whatever its length.
+        cache, options, launch: as for `DecodeStep`.
+
+    Returns:
+        (output `[B, Hq, T, D]`, active chunks `[B, Hkv, T]` int32, own ones included).
+    """
+    batch, heads, new_tokens, _ = query.shape
+    chunks = triton.cdiv(cache.capacity, options.chunk_size)
+    slice_tokens = max(1, min(STEP_SCORES // (batch * heads * chunks), MAX_ROWS // batch))
+    outputs, counts = [], []
+    for begin in range(0, new_tokens, slice_tokens):
+        part = query[:, :, begin : begin + slice_tokens]
+        behind = new_tokens - begin - part.shape[2]
+        known = replace(cache, lengths=cache.lengths - behind) if behind else cache
+        output, space = decode_attention(part, known, options, launch)
+        outputs.append(output)
+        counts.append(space.counts.transpose(1, 2))
+    return torch.cat(outputs, 2), torch.cat(counts, 2)
+
+
 def _rows(group: int) -> int:
     """Rows of the matrix product: the group padded to what tensor cores take."""
     return max(16, triton.next_power_of_2(group))
 
 
 def _splits(groups: int, chunks: int, device: torch.device) -> int:
-    """Programs a group so that all groups together fill the device twice, one chunk a program at least."""
+    """Programs a group: three for each multiprocessor, as many as its shared memory holds, but no more than
+    `combine` joins cheaply, and one chunk a program at least. Measured: LOG.md, Decode."""
     processors = 4
     if device.type == "cuda":
         processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, min(2 * processors // groups, 128, chunks))
+    return max(1, min(3 * processors // groups, 64, chunks))
+
+
+def _padding(cache: DecodeCache) -> torch.Tensor:
+    """The pointer that kernels read with PADDED; else any."""
+    return cache.lengths if cache.left_padding is None else cache.left_padding
 
 
 def _strides(x: torch.Tensor) -> tuple[int, int, int]:
@@ -321,6 +377,8 @@ def _check(query: torch.Tensor, cache: DecodeCache, options: DashOptions) -> Non
         raise ValueError(f"chunk size must be 16, 32, 64 or 128, got {size}")
     if cache.page_table is not None and cache.key.shape[2] % size:
         raise ValueError(f"{cache.key.shape[2]} tokens a page are no multiple of the chunk size {size}")
+    if query.shape[0] * query.shape[2] > MAX_ROWS:
+        raise ValueError(f"{query.shape[0]} x {query.shape[2]} rows exceed {MAX_ROWS}: see attend_cache")
     if not 1 < options.alpha <= 2:
         raise ValueError(f"alpha must be in (1, 2], got {options.alpha}")
     for name, x in (

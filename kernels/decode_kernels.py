@@ -43,8 +43,8 @@ def _page_of(page_table, page_table_stride, sequence, chunk, chunks_per_page, PA
 def _append_to_chunk(
     new_key, new_value, key, value, summaries, summary_query, page_table,
     new_key_strides, new_value_strides, key_strides, value_strides, summary_strides, page_table_stride,
-    chunks_per_page, chunk, head, sequence, length, new_tokens, scale,
-    C: tl.constexpr, D: tl.constexpr, PAGED: tl.constexpr,
+    chunks_per_page, chunk, head, sequence, length, new_tokens, first_token, scale,
+    C: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, PAGED: tl.constexpr,
 ):  # fmt: skip
     """Write those new tokens (the ones from `length` on) that fall into one chunk, and summarise it if they
     complete it."""
@@ -70,6 +70,11 @@ def _append_to_chunk(
         b_key = tl.where(fresh[:, None], b_new, b_old).to(tl.float32)
         b_query = tl.load(summary_query + head * D + o_d).to(tl.float32)
         logits = tl.sum(b_key * b_query[None, :], 1) * scale
+        if PADDED:
+            # A chunk that is all padding keeps equal weights: finite, and never routed to.
+            logits = tl.where(
+                (position >= first_token) | (first_token >= (chunk + 1) * C), logits, float("-inf")
+            )
         weights = tl.exp(logits - tl.max(logits, 0))
         b_summary = tl.sum(b_key * weights[:, None], 0) / tl.sum(weights, 0)
         p_summary = summaries + page * summary_strides[0] + head * summary_strides[1]
@@ -77,52 +82,61 @@ def _append_to_chunk(
 
 
 @triton.jit
-def _append_token(
-    new_key, new_value, key, value, summaries, summary_query, page_table,
-    new_key_strides, new_value_strides, key_strides, value_strides, summary_strides, page_table_stride,
-    chunks_per_page, position, head, sequence, scale, C: tl.constexpr, D: tl.constexpr, PAGED: tl.constexpr,
+def _write_token(
+    new_key, new_value, key, value, page_table, new_key_strides, new_value_strides, key_strides,
+    value_strides, page_table_stride, chunks_per_page, position, head, sequence,
+    C: tl.constexpr, D: tl.constexpr, PAGED: tl.constexpr,
 ):  # fmt: skip
-    """Write one new token, and summarise its chunk if it completes it."""
-    chunk = position // C
+    """Write one new token of one head to the cache."""
     o_d = tl.arange(0, D)
-    page, inside = _page_of(page_table, page_table_stride, sequence, chunk, chunks_per_page, PAGED)
+    page, inside = _page_of(page_table, page_table_stride, sequence, position // C, chunks_per_page, PAGED)
     slot = (inside * C + position % C).to(tl.int64)
     b_key = tl.load(new_key + sequence * new_key_strides[0] + head * new_key_strides[1] + o_d)  # [D]
     b_value = tl.load(new_value + sequence * new_value_strides[0] + head * new_value_strides[1] + o_d)
-    p_key = key + page * key_strides[0] + head * key_strides[1]
+    tl.store(key + page * key_strides[0] + head * key_strides[1] + slot * key_strides[2] + o_d, b_key)
     p_value = value + page * value_strides[0] + head * value_strides[1]
-    tl.store(p_key + slot * key_strides[2] + o_d, b_key)
     tl.store(p_value + slot * value_strides[2] + o_d, b_value)
-    if position % C == C - 1:
-        # Earlier tokens come from the cache and the new one from registers: no read after write. Rows a few
-        # at a time: this path must not cost the scores' programs their registers.
-        b_query = tl.load(summary_query + head * D + o_d).to(tl.float32)
-        b_summary = b_key.to(tl.float32)
-        peak = tl.sum(b_summary * b_query, 0) * scale
-        total = peak * 0 + 1.0
-        for first in range(0, C, 16):
-            o_c = first + tl.arange(0, 16)
-            place = (inside * C + o_c).to(tl.int64)
-            earlier = o_c < C - 1
-            p_old = p_key + place[:, None] * key_strides[2] + o_d[None, :]
-            b_old = tl.load(p_old, earlier[:, None], 0.0).to(tl.float32)  # [16, D]
-            logits = tl.where(earlier, tl.sum(b_old * b_query[None, :], 1) * scale, float("-inf"))
-            new_peak = tl.maximum(peak, tl.max(logits, 0))
-            rescale = tl.exp(peak - new_peak)
-            weights = tl.exp(logits - new_peak)
-            total = total * rescale + tl.sum(weights, 0)
-            b_summary = b_summary * rescale + tl.sum(b_old * weights[:, None], 0)
-            peak = new_peak
-        p_summary = summaries + page * summary_strides[0] + head * summary_strides[1]
-        tl.store(p_summary + inside.to(tl.int64) * summary_strides[2] + o_d, b_summary / total)
 
 
 @triton.jit
+def _summarize_chunk(
+    key, summaries, summary_query, page_table, key_strides, summary_strides, page_table_stride,
+    chunks_per_page, chunk, head, sequence, first_token, scale,
+    C: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, PAGED: tl.constexpr,
+):  # fmt: skip
+    """k̄ of a complete chunk of one head, 16 rows at a time: few registers."""
+    o_d = tl.arange(0, D)
+    page, inside = _page_of(page_table, page_table_stride, sequence, chunk, chunks_per_page, PAGED)
+    p_key = key + page * key_strides[0] + head * key_strides[1]
+    b_query = tl.load(summary_query + head * D + o_d).to(tl.float32)
+    peak = tl.sum(b_query, 0) * 0 + float("-inf")
+    total = tl.sum(b_query, 0) * 0
+    b_summary = tl.zeros([D], tl.float32)
+    for first in range(0, C, 16):
+        place = (inside * C + first + tl.arange(0, 16)).to(tl.int64)
+        b_key = tl.load(p_key + place[:, None] * key_strides[2] + o_d[None, :]).to(tl.float32)  # [16, D]
+        logits = tl.sum(b_key * b_query[None, :], 1) * scale
+        if PADDED:
+            real = chunk * C + first + tl.arange(0, 16) >= first_token
+            logits = tl.where(real, logits, float("-inf"))
+            b_key = tl.where(real[:, None], b_key, 0.0)
+        new_peak = tl.maximum(peak, tl.max(logits, 0))
+        finite = tl.where(new_peak == float("-inf"), 0.0, new_peak) if PADDED else new_peak
+        rescale = tl.exp(peak - finite)
+        weights = tl.exp(logits - finite)
+        total = total * rescale + tl.sum(weights, 0)
+        b_summary = b_summary * rescale + tl.sum(b_key * weights[:, None], 0)
+        peak = new_peak
+    p_summary = summaries + page * summary_strides[0] + head * summary_strides[1]
+    tl.store(p_summary + inside.to(tl.int64) * summary_strides[2] + o_d, b_summary / tl.maximum(total, 1e-30))
+
+
+@triton.jit(do_not_specialize=["page_table_stride", "chunks_per_page", "new_tokens"])
 def append_kernel(
-    new_key, new_value, key, value, summaries, summary_query, lengths, page_table, tickets,
+    new_key, new_value, key, value, summaries, summary_query, lengths, padding, page_table, tickets,
     new_key_strides, new_value_strides, key_strides, value_strides, summary_strides, page_table_stride,
     chunks_per_page, new_tokens, scale,
-    C: tl.constexpr, D: tl.constexpr, PAGED: tl.constexpr, PDL: tl.constexpr,
+    C: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, PAGED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Write the new tokens of one (sequence, KV head) in one chunk; summarise it if that completes it.
 
@@ -131,12 +145,14 @@ def append_kernel(
     part, head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     _after_previous_kernel(PDL)
     length = tl.load(lengths + sequence)
+    first_token = tl.load(padding + sequence) if PADDED else 0
     chunk = length // C + part
     if chunk * C < length + new_tokens:
         _append_to_chunk(
             new_key, new_value, key, value, summaries, summary_query, page_table,
             new_key_strides, new_value_strides, key_strides, value_strides, summary_strides,
-            page_table_stride, chunks_per_page, chunk, head, sequence, length, new_tokens, scale, C, D, PAGED,
+            page_table_stride, chunks_per_page, chunk, head, sequence, length, new_tokens, first_token, scale,
+            C, D, PADDED, PAGED,
         )  # fmt: skip
     # Every thread has read the length before this program's ticket says so.
     tl.debug_barrier()
@@ -146,19 +162,20 @@ def append_kernel(
         tl.store(lengths + sequence, length + new_tokens)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["page_table_stride", "chunks_per_page", "new_tokens", "capacity"])
 def scores_kernel(
-    query, summaries, lengths, page_table, scores, weights,
-    new_key, new_value, key, value, summary_query,
+    query, summaries, lengths, padding, page_table, scores, weights,
+    new_key, new_value, key, value,
     query_strides, summary_strides, new_key_strides, new_value_strides, key_strides, value_strides,
-    page_table_stride, chunks_per_page, new_tokens, capacity, scale, key_scale,
+    page_table_stride, chunks_per_page, new_tokens, capacity, scale,
     G: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr,
-    COMPLETED: tl.constexpr, APPEND: tl.constexpr, PAGED: tl.constexpr, PDL: tl.constexpr,
+    COMPLETED: tl.constexpr, APPEND: tl.constexpr, PADDED: tl.constexpr, PAGED: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """scores[row, h, c] = γ ⟨q_h, k̄_c⟩ / √D for one tile of visible chunks; clears the tile's weights.
 
     With `APPEND` the last tile is no tile: its program writes the sequence's one new token to the cache,
-    which no score of this step reads, and summarises the chunk that it completes, for the steps to come.
+    which no score of this step reads.
     """
     tile, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     _after_previous_kernel(PDL)
@@ -169,10 +186,10 @@ def scores_kernel(
     if APPEND:  # noqa: SIM102  (compile time, then run time)
         if tile == tl.num_programs(0) - 1:
             visible = 0
-            _append_token(
-                new_key, new_value, key, value, summaries, summary_query, page_table,
-                new_key_strides, new_value_strides, key_strides, value_strides, summary_strides,
-                page_table_stride, chunks_per_page, position, head, sequence, key_scale, C, D, PAGED,
+            _write_token(
+                new_key, new_value, key, value, page_table, new_key_strides, new_value_strides,
+                key_strides, value_strides, page_table_stride, chunks_per_page, position, head, sequence,
+                C, D, PAGED,
             )  # fmt: skip
     if tile * TILE < visible:
         kv_heads = tl.num_programs(1)
@@ -189,6 +206,9 @@ def scores_kernel(
         p_summary += (page * summary_strides[0] + inside.to(tl.int64) * summary_strides[2])[None, :]
         b_summary = tl.load(p_summary, inside_sequence[None, :], 0.0)  # [D, TILE]
         b_scores = tl.dot(b_query, b_summary, input_precision="ieee") * scale
+        if PADDED:
+            padded = chunk < tl.load(padding + sequence) // C
+            b_scores = tl.where(padded[None, :], float("-inf"), b_scores)
         p_scores = scores + (row.to(tl.int64) * kv_heads * G + head * G + o_g)[:, None] * capacity
         tl.store(p_scores + chunk[None, :], b_scores, (o_g < G)[:, None] & inside_sequence[None, :])
         p_weights = weights + (row.to(tl.int64) * kv_heads + head) * capacity
@@ -245,13 +265,13 @@ def _next_threshold(threshold, low, high, count, lower, upper, power, ALPHA_IS_1
     return tl.where((following < low) | (following > high), 0.5 * (low + high), following)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["page_table_stride", "chunks_per_page", "new_tokens", "capacity"])
 def route_kernel(
-    scores, weights, lists, places, biases, counts, lengths, page_table, tickets,
+    scores, weights, lists, places, biases, counts, lengths, padding, page_table, tickets,
     page_table_stride, chunks_per_page, new_tokens, capacity, power, inverse_sigma,
     G: tl.constexpr, C: tl.constexpr, TILE: tl.constexpr, ALPHA_IS_1_5: tl.constexpr,
-    BIAS: tl.constexpr, FORCE_PREVIOUS: tl.constexpr, COMPLETED: tl.constexpr, PAGED: tl.constexpr,
-    PDL: tl.constexpr,
+    BIAS: tl.constexpr, FORCE_PREVIOUS: tl.constexpr, COMPLETED: tl.constexpr, PADDED: tl.constexpr,
+    PAGED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Entmax of one query head, added to its group's weights; the group's last head lists the chunks.
 
@@ -262,15 +282,19 @@ def route_kernel(
     _after_previous_kernel(PDL)
     kv_heads = tl.num_programs(0) // G
     head = query_head // G
-    position = tl.load(lengths + row // new_tokens) - new_tokens + (row % new_tokens).to(tl.int32)
-    own = position // C
-    visible = (position + 1) // C if COMPLETED else own
     p_scores = scores + (row * tl.num_programs(0) + query_head) * capacity
     p_weights = weights + (row * kv_heads + head) * capacity
     o_t = tl.arange(0, TILE)
     slope = 1.0 / power  # α − 1
-    if visible > 0:
-        x = tl.load(p_scores + o_t, o_t < visible, float("-inf")) * slope  # [TILE]
+    # Read before the length is known, so that the two loads travel together; what lies behind is dropped.
+    x = tl.load(p_scores + o_t, o_t < capacity, 0.0)  # [TILE]
+    position = tl.load(lengths + row // new_tokens) - new_tokens + (row % new_tokens).to(tl.int32)
+    own = position // C
+    visible = (position + 1) // C if COMPLETED else own
+    # Chunks of padding have scores of −∞: here only the case that there are no others.
+    first_chunk = tl.load(padding + row // new_tokens) // C if PADDED else 0
+    if visible > first_chunk:
+        x = tl.where(o_t < visible, x * slope, float("-inf"))
         peak = tl.max(x, 0)
         for start in range(TILE, visible, TILE):
             later = tl.load(p_scores + start + o_t, start + o_t < visible, float("-inf")) * slope
@@ -355,21 +379,36 @@ def route_kernel(
         tl.store(counts + group, written)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks_per_page", "new_tokens", "capacity"])
 def attend_kernel(
-    query, key, value, places, biases, counts, lengths, partial_output, partial_statistics,
-    query_strides, key_strides, value_strides, chunks_per_page, new_tokens, capacity,
-    scale_log2,
+    query, key, value, lists, places, biases, counts, lengths, padding, partial_output, partial_statistics,
+    summaries, summary_query, page_table,
+    query_strides, key_strides, value_strides, summary_strides, page_table_stride, chunks_per_page,
+    new_tokens, capacity, splits, scale, scale_log2,
     G: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
-    STAGES: tl.constexpr, BIAS: tl.constexpr, PAGED: tl.constexpr, PDL: tl.constexpr,
+    STAGES: tl.constexpr, BIAS: tl.constexpr, SUMMARIZE: tl.constexpr, PADDED: tl.constexpr,
+    PAGED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Attention of one group over one split's equal share of the listed chunks, BLOCK tokens at a time."""
+    """Attention of one group over one split's equal share of the listed chunks, BLOCK tokens at a time.
+
+    With `SUMMARIZE` there is one program more: it summarises the chunk that the sequence's new token
+    completes, for the steps to come, while the others attend.
+    """
     split, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     _after_previous_kernel(PDL)
-    splits, kv_heads = tl.num_programs(0), tl.num_programs(1)
+    kv_heads = tl.num_programs(1)
     sequence = (row // new_tokens).to(tl.int64)
     token = row % new_tokens
     position = tl.load(lengths + sequence) - new_tokens + token
+    if SUMMARIZE:  # noqa: SIM102  (compile time, then run time)
+        if split == splits:
+            if position % C == C - 1:
+                _summarize_chunk(
+                    key, summaries, summary_query, page_table, key_strides, summary_strides,
+                    page_table_stride, chunks_per_page, position // C, head, sequence,
+                    tl.load(padding + sequence) if PADDED else 0, scale, C, D, PADDED, PAGED,
+                )  # fmt: skip
+            return
     group = row.to(tl.int64) * kv_heads + head
     count = tl.load(counts + group)
     CHUNKS: tl.constexpr = BLOCK // C
@@ -383,6 +422,12 @@ def attend_kernel(
     running_max = tl.full([ROWS], float("-inf"), tl.float32)
     running_sum = tl.zeros([ROWS], tl.float32)
     accumulator = tl.zeros([ROWS, D], tl.float32)
+    front, own_front = 0, 0
+    if PADDED:
+        # Padding can only be in the first chunk listed and in the own one: how many tokens of each.
+        first_token = tl.load(padding + sequence)
+        front = first_token - tl.load(lists + group * capacity) * C
+        own_front = first_token - position // C * C
     for block in tl.range(begin, end, num_stages=STAGES):
         if CHUNKS == 1:
             entry = block + 0 * o_t
@@ -395,6 +440,8 @@ def attend_kernel(
         slot = inside.to(tl.int64) * C + o_t % C
         # The last chunk listed is the query's own; those before it are complete.
         keep = (entry < count - 1) | ((entry == count - 1) & (o_t % C <= position % C))  # [BLOCK]
+        if PADDED:
+            keep &= ((entry > 0) | (o_t % C >= front)) & ((entry < count - 1) | (o_t % C >= own_front))
         o_key = page * key_strides[0] + slot * key_strides[2]
         o_value = page * value_strides[0] + slot * value_strides[2]
         b_key = tl.load(p_key + o_key[None, :] + o_d[:, None], keep[None, :], 0.0)  # [D, BLOCK]
@@ -418,7 +465,7 @@ def attend_kernel(
     tl.store(partial_statistics + row_index * 2 + 1, running_sum, o_g < G)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["new_tokens", "splits"])
 def combine_kernel(
     partial_output, partial_statistics, output, output_strides, new_tokens, splits,
     D: tl.constexpr, SPLITS: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr,

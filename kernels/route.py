@@ -108,13 +108,13 @@ def _any_row(flags, ROWS: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["tokens", "chunks", "known", "tiles", "capacity", "words"])
 def _route_kernel(
-    query, summaries, entries, counts, tau_out, mask_out, active_out, bias_out, padding,
+    query, summaries, entries, counts, tau_out, mask_out, active_out, bias_out, padding, sequences,
     query_stride_b, query_stride_h, query_stride_n,
     tokens, chunks, known, tiles, capacity, words, kv_heads, scale, power, epsilon, settled, near, max_passes,
     inverse_sigma,
     GROUP: tl.constexpr, HEADS: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK: tl.constexpr, ALPHA_1_5: tl.constexpr, COMPLETED: tl.constexpr, FORCE_PREVIOUS: tl.constexpr,
-    PADDED: tl.constexpr, SAVE: tl.constexpr, COMPACT: tl.constexpr,
+    PADDED: tl.constexpr, PACKED: tl.constexpr, SAVE: tl.constexpr, COMPACT: tl.constexpr,
     BIAS: tl.constexpr,
 ):  # fmt: skip
     """One program a tile and KV head; late tiles, which have most to do, first."""
@@ -122,6 +122,7 @@ def _route_kernel(
     tile = tiles - 1 - tl.program_id(0) // (tl.num_programs(0) // tiles)
     batch, kv_head = (index // kv_heads).to(tl.int64), (index % kv_heads).to(tl.int64)
     ROWS: tl.constexpr = TILE * HEADS
+    BOUNDED: tl.constexpr = PADDED or PACKED
     row = tl.arange(0, ROWS)
     head, position = row % HEADS, tile * TILE + row // HEADS
     real = (head < GROUP) & (position < tokens)
@@ -136,9 +137,16 @@ def _route_kernel(
     base = summaries + index.to(tl.int64) * known * HEAD_DIM
     own = (tile * TILE) // CHUNK
     first_chunk = 0
+    previous = own - 1
+    end_token = tokens
     if PADDED:
         first_chunk = tl.load(padding + batch) // CHUNK
         real = real & (position >= tl.load(padding + batch))
+    if PACKED:
+        first_chunk = tl.load(sequences + own * 2)
+        end_token = tl.load(sequences + own * 2 + 1)
+        previous = tl.where(previous >= first_chunk, previous, -1)
+        real = real & (position < end_token)
     # Chunks [first_chunk, row_limit) are visible to a row.
     row_limit = tl.full([ROWS], own, tl.int32)
     last = own
@@ -161,7 +169,7 @@ def _route_kernel(
     skipped = ((last - start + BLOCK - 1) // BLOCK + stride - 1) % stride  # the last block is always read
     for first in range(start + skipped * BLOCK, last, BLOCK * stride):
         chunk = first + column
-        x = _scores(q, base, chunk, last, first_chunk, row_limit, dim, scale, HEAD_DIM, PADDED)
+        x = _scores(q, base, chunk, last, first_chunk, row_limit, dim, scale, HEAD_DIM, BOUNDED)
         new_peak = tl.maximum(peak, tl.max(x, 1))
         shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
         rescale = tl.where(peak == float("-inf"), 0.0, tl.exp2(DECAY * (peak - shift)))
@@ -199,7 +207,7 @@ def _route_kernel(
             peak = tl.where(empty | (complete != 0), peak, float("-inf"))
             for first in range(tl.where(complete != 0, last, start), last, BLOCK):
                 chunk = first + column
-                x = _scores(q, base, chunk, last, first_chunk, row_limit, dim, scale, HEAD_DIM, PADDED)
+                x = _scores(q, base, chunk, last, first_chunk, row_limit, dim, scale, HEAD_DIM, BOUNDED)
                 peak = tl.where(empty, peak, tl.maximum(peak, tl.max(x, 1)))
                 gap = tl.maximum(x - sure[:, None], 0.0)
                 above = (gap > 0).to(tl.int32)
@@ -208,7 +216,7 @@ def _route_kernel(
                 s2 += tl.sum(gap * gap, 1)
                 listed = _any_row(above, ROWS, BLOCK)
                 if FORCE_PREVIOUS:
-                    listed = listed | (chunk == own - 1).to(tl.int32)
+                    listed = listed | (chunk == previous).to(tl.int32)
                 slot = candidates + tl.cumsum(listed, 0) - listed
                 tl.store(list_base + slot, chunk, mask=listed != 0)
                 candidates += tl.sum(listed, 0)
@@ -233,7 +241,7 @@ def _route_kernel(
         s2 = tl.zeros([ROWS], tl.float32)
         for first in range(begin, end, BLOCK):
             chunk = _chunks(list_base, first, column, end, COMPACT)
-            x = _scores(q, base, chunk, last, first_chunk, row_limit, dim, scale, HEAD_DIM, PADDED)
+            x = _scores(q, base, chunk, last, first_chunk, row_limit, dim, scale, HEAD_DIM, BOUNDED)
             gap = tl.maximum((x - peak[:, None]) - tau[:, None], 0.0)
             if ALPHA_1_5:
                 count += tl.sum((gap > 0).to(tl.float32), 1)
@@ -273,14 +281,14 @@ def _route_kernel(
     mask_row = mask_out + (index.to(tl.int64) * tokens + query_position.to(tl.int64)) * words
     bit = tl.arange(0, 32)
     LISTED: tl.constexpr = COMPACT and not SAVE
-    if SAVE:  # the bit mask's words are written whole, so every chunk is looked at again
-        begin, end = 0, own
+    if SAVE:  # the bit mask's words are written whole, so every visible chunk is looked at again
+        begin, end = start, own
     elif not COMPACT:
         end = own
     for first in range(begin, end, BLOCK):
         # The list overwrites the candidates: no further than they have been read.
         chunk = _chunks(list_base, first, column, end, LISTED)
-        x = _scores(q, base, chunk, last, first_chunk, row_limit, dim, scale, HEAD_DIM, PADDED)
+        x = _scores(q, base, chunk, last, first_chunk, row_limit, dim, scale, HEAD_DIM, BOUNDED)
         gap = tl.where(empty[:, None], 0.0, tl.maximum((x - peak[:, None]) - tau[:, None], 0.0))
         if ALPHA_1_5:
             weight = gap * gap
@@ -290,9 +298,9 @@ def _route_kernel(
         chosen = (total > epsilon) & (chunk < own)[None, :]
         routed = chosen
         if FORCE_PREVIOUS:
-            chosen = chosen | (chunk == own - 1)[None, :]
-            routed = routed & (chunk != own - 1)[None, :]
-        chosen = (chosen & (query_position < tokens)[:, None]).to(tl.int32)
+            chosen = chosen | (chunk == previous)[None, :]
+            routed = routed & (chunk != previous)[None, :]
+        chosen = (chosen & (query_position < end_token)[:, None]).to(tl.int32)
         active += tl.sum(chosen, 1)
         query_bits = tl.sum(chosen << query_in_tile[:, None], 0)
         listed = (query_bits != 0).to(tl.int32)
@@ -324,17 +332,21 @@ def _route_kernel(
             log_w = tl.load(bias_base + at, mask=(slot < found)[None, :], other=0.0)
             b = (log_w - mean[:, None]) * inverse_sigma
             if FORCE_PREVIOUS:
-                b = tl.where((chunk == own - 1)[None, :], 0.0, b)
+                b = tl.where((chunk == previous)[None, :], 0.0, b)
             tl.store(bias_base + at, b, mask=(slot < found)[None, :])
     if SAVE:
-        done = tl.cdiv(own, BLOCK) * (BLOCK // 32)
-        for first in range(done, words, 32):  # words behind the own chunk hold nothing
+        # Words before the first visible chunk and behind the own one hold nothing.
+        done = tl.maximum(tl.cdiv(own, BLOCK) * (BLOCK // 32), start // 32)
+        nothing = tl.zeros([TILE, 32], tl.int32)
+        inside = (query_position < tokens)[:, None]
+        if BOUNDED:
+            for first in range(0, start // 32, 32):
+                word = first + bit
+                here = inside & (word < start // 32)[None, :]
+                tl.store(mask_row[:, None] + word[None, :], nothing, mask=here)
+        for first in range(done, words, 32):
             word = first + bit
-            tl.store(
-                mask_row[:, None] + word[None, :],
-                tl.zeros([TILE, 32], tl.int32),
-                mask=(query_position < tokens)[:, None] & (word < words)[None, :],
-            )
+            tl.store(mask_row[:, None] + word[None, :], nothing, mask=inside & (word < words)[None, :])
         tau_offset = (index.to(tl.int64) * GROUP + head) * tokens + position
         tl.store(tau_out + tau_offset, level, mask=(head < GROUP) & (position < tokens))
         tl.store(
@@ -377,6 +389,13 @@ def tile_size(group: int, chunk_size: int, rows: int = 128) -> int:
     return max(1, min(rows // triton.next_power_of_2(group), 16, chunk_size))
 
 
+def _launch(rows: int, compact: bool) -> dict:
+    """Measured best on an H200 (LOG.md, Route 3 and 8): with candidates three programs of 128 rows share a
+    multiprocessor."""
+    shape = {"BLOCK": 32 if compact else 64, "num_warps": 8 if rows >= 128 else 4, "num_stages": 2}
+    return {**shape, "maxnreg": 80} if compact and rows >= 128 else shape
+
+
 def route_chunks(
     query: torch.Tensor,
     summaries: torch.Tensor,
@@ -387,11 +406,12 @@ def route_chunks(
     visibility: str = "own",
     forced: str = "own",
     left_padding: torch.Tensor | None = None,
+    sequences: torch.Tensor | None = None,
     tile: int | None = None,
     save: bool = False,
     bias_mode: str = "none",
     sigma: float = 1.0,
-    compact: bool = False,
+    compact: bool = True,
     launch: dict | None = None,
 ) -> Routes:
     """Routes every query of a causal sequence.
@@ -406,13 +426,15 @@ def route_chunks(
             the query).
         forced: `own`, or `own_and_previous`.
         left_padding: `[B]` int32, or None.
+        sequences: `[M, 2]` int32 of packed sequences: each chunk's sequence begins with this chunk and ends
+            before this token (`packed.Packing`), or None.
         tile: T; default: 128 rows.
         save: also return τ, the bit mask and active block counts (training and reports).
         bias_mode: `centered` or `raw` also return the prior's bias, T times as large as the lists; `none`.
         sigma: σ of `centered`.
         compact: search the threshold among the candidates only, not among all chunks again; the result is
-            the same. Always off for `completed`, where the own chunk takes part in the threshold but has no
-            place in the list.
+            the same. Always off for α other than 1.5, and for `completed`, where the own chunk takes part in
+            the threshold but has no place in the list.
         launch: Triton launch options that replace the default ones (BLOCK chunks at a time,
             num_warps, num_stages, maxnreg).
 
@@ -447,18 +469,20 @@ def route_chunks(
     query = query if query.stride(-1) == 1 else query.contiguous()
     fast = alpha == 1.5
     rows = tile * padded_heads
+    compact = compact and fast and visibility == "own"
     _route_kernel[(tiles * batch * kv_heads,)](
         query, summaries, entries, counts, tau if save else counts, mask if save else counts,
         active if save else counts, bias if bias is not None else counts,
         left_padding if left_padding is not None else counts,
+        sequences if sequences is not None else counts,
         *query.stride()[:3],
         tokens, chunks, known, tiles, capacity, words, kv_heads,
         (alpha - 1.0) * scaling_factor * dim**-0.5, 1.0 / (alpha - 1.0), EPSILON * group, SETTLED, NEAR,
         MAX_PASSES if fast else MAX_PASSES_GENERAL, 1.0 / sigma,
         GROUP=group, HEADS=padded_heads, TILE=tile, CHUNK=chunk_size, HEAD_DIM=dim,
         ALPHA_1_5=fast, COMPLETED=visibility == "completed", FORCE_PREVIOUS=forced == "own_and_previous",
-        PADDED=left_padding is not None, SAVE=save,
-        BIAS=("none", "centered", "raw").index(bias_mode), COMPACT=compact and fast and visibility == "own",
-        **{"BLOCK": 64, "num_warps": 8 if rows >= 128 else 4, "num_stages": 2, **(launch or {})},
+        PADDED=left_padding is not None, PACKED=sequences is not None, SAVE=save,
+        BIAS=("none", "centered", "raw").index(bias_mode), COMPACT=compact,
+        **{**_launch(rows, compact), **(launch or {})},
     )  # fmt: skip
     return Routes(entries, counts, tile, chunk_size, tau, mask, active, bias)

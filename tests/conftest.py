@@ -36,10 +36,11 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     def poisoned(make):
         def wrapped(*args, **kwargs):
             made = make(*args, **kwargs)
-            if made.is_floating_point():
-                made.fill_(float("nan"))
-            elif made.dtype in (torch.int32, torch.int64):
-                made.fill_(2**30)
+            with torch.no_grad():
+                if made.is_floating_point():
+                    made.fill_(float("nan"))
+                elif made.dtype in (torch.int32, torch.int64):
+                    made.fill_(2**30)
             return made
 
         return wrapped

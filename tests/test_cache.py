@@ -48,6 +48,27 @@ def test_token_by_token_decode_equals_the_rows_of_a_prefill():
         torch.testing.assert_close(output[:, :, 0].double(), want[:, :, t], atol=2e-5, rtol=0)
 
 
+@pytest.mark.parametrize("new_tokens", [3, 22])
+def test_pieces_of_a_prompt_equal_the_rows_of_one_prefill(new_tokens, monkeypatch):
+    """Against a cache with a start offset, tokens at a time, in slices of at most seven, with left
+    padding."""
+    monkeypatch.setattr("dashbench.kernels.decode.STEP_SCORES", 2 * 4 * 4 * 7)  # B, Hq, M, tokens
+    query, key, value, bar = draw(52, seed=3)
+    padding = torch.tensor([0, 19], dtype=torch.int32, device=DEVICE)
+    options = DashOptions(16, bias_mode="raw")
+    want, routing = dash_attention(
+        *(x.double() for x in (query, key, value, bar)), options, left_padding=padding
+    )
+    cache = DashCache(2, 2, 64, 16, 64, torch.float32, DEVICE, left_padding=padding)
+    cache.append(key[:, :, :30], value[:, :, :30], bar)
+    for begin in range(30, 52, new_tokens):
+        part = slice(begin, min(begin + new_tokens, 52))
+        cache.append(key[:, :, part], value[:, :, part], bar)
+        output, active = cache.attend(query[:, :, part], options)
+        torch.testing.assert_close(output.double(), want[:, :, part], atol=2e-5, rtol=0)
+        assert torch.equal(active.long().cpu(), routing.active[:, :, part].sum(-1).cpu())
+
+
 def test_wrong_tensors_are_named():
     _, key, value, bar = draw(16)
     cache = cache_of(16)

@@ -208,6 +208,58 @@ def test_half_precision_matches_within_its_rounding():
     assert_low_precision_matches(torch.float16, 2, 4, 2, 96, 64, [90, 33], 16)
 
 
+@pytest.mark.parametrize("page_size", [None, 32])
+@pytest.mark.parametrize("forced", ["own", "own_and_previous"])
+def test_left_padding_keeps_chunks_in_their_padded_places(page_size, forced):
+    """Paddings: none, inside the first chunk, a whole chunk, two chunks and a bit, up to the own chunk, and
+    more than the query's own position (which is then padding itself and gives zeros)."""
+    lengths, pads = [93, 90, 60, 81, 50, 20], [0, 3, 16, 35, 48, 20]
+    options = DashOptions(16, bias_mode="centered", sigma=1.0, forced=forced, scaling_factor=2.0)
+    query, key, value, bar = draw(6, 4, 2, 96, 64, new_tokens=2, seed=8)
+    padding = torch.tensor(pads, dtype=torch.int32, device=DEVICE)
+    empty = filled(key, value, bar, 16, [0] * 6, page_size)
+    cache = DecodeCache(
+        empty.key, empty.value, empty.summaries, torch.zeros(6, dtype=torch.int32, device=DEVICE),
+        empty.page_table, padding,
+    )  # fmt: skip
+    tickets = torch.zeros(6, dtype=torch.int32, device=DEVICE)
+    append(cache, key[:, :, :96], value[:, :, :96], bar, 16, tickets)
+    cache.lengths.copy_(torch.tensor(lengths))
+    output, _ = decode_attention(query, cache, options, DecodeLaunch(splits=3))
+    for b, (length, pad) in enumerate(zip(lengths, pads, strict=True)):
+        want, routing = dash_attention(
+            query[b : b + 1].double(), key[b : b + 1, :, :length].double(),
+            value[b : b + 1, :, :length].double(), bar.double(), options,
+            left_padding=padding[b : b + 1],
+        )  # fmt: skip
+        torch.testing.assert_close(output[b : b + 1].double(), want, atol=2e-5, rtol=0)
+        if length - pad > 80:  # routing drops chunks here
+            assert 1 < int(routing.active[:, :, -1].sum(-1).min()) < 6
+    assert bool((output[5] == 0).all()) and bool((output[:5] != 0).any(-1).all())
+
+
+@pytest.mark.parametrize("new_tokens", [1, 2])
+def test_a_chunk_that_begins_with_padding_is_summarised_over_its_real_tokens(new_tokens):
+    """By `append`, and by the step that writes its one token on the side."""
+    _, key, value, bar = draw(2, 4, 2, 32, 64, seed=9)
+    padding = torch.tensor([3, 21], dtype=torch.int32, device=DEVICE)
+    lengths = torch.full((2,), 32 - new_tokens, dtype=torch.int32, device=DEVICE)
+    cache = DecodeCache(key.clone(), value.clone(), torch.zeros_like(key[:, :, :2]), lengths, None, padding)
+    cache.key[:, :, 32 - new_tokens :] = float("nan")
+    fresh = key[:, :, 32 - new_tokens :].contiguous(), value[:, :, 32 - new_tokens :].contiguous()
+    if new_tokens == 1:
+        lengths += 1
+        DecodeStep(key.repeat(1, 2, 1, 1)[:, :, -1:], cache, DashOptions(16), new=(*fresh, bar)).run()
+    else:
+        append(cache, *fresh, bar, 16, torch.zeros(2, dtype=torch.int32, device=DEVICE))
+    assert torch.equal(cache.key, key)
+    for b, pad in enumerate(padding.tolist()):
+        real = key[b, :, max(16, pad) :].double()  # the second chunk's
+        weights = torch.softmax((real * bar[:, None].double()).sum(-1) / 8, -1)
+        want = (weights[..., None] * real).sum(1)
+        torch.testing.assert_close(cache.summaries[b, :, 1].double(), want, atol=1e-5, rtol=0)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("chunk", [16, 64, 128])
