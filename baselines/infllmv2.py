@@ -32,7 +32,7 @@ from dashbench.kernels.attend import block_sparse_attention, kernel_for, routes_
 from dashbench.kernels.band import Band, band_forward
 from dashbench.kernels.compress import mean_windows
 from dashbench.kernels.decode_blocks import BlockDecodeStep, append_token
-from dashbench.kernels.select_blocks import BlockChoice, select_blocks
+from dashbench.kernels.selection import BlockChoice, select_blocks
 
 NAMES = ("query", "key", "value")
 
@@ -66,7 +66,7 @@ def infllmv2_attention(
         **settings: top_k, init_blocks, local_blocks, lse_mode, dense_len in place of the preset's.
 
     Returns:
-        The output in the layout and dtype of `query`; with `return_active_blocks` a tuple that begins with it.
+        The output in the layout and dtype of `query`; with `return_active_blocks` (output, blocks).
 
     Raises:
         ValueError: an unknown setting, a shape that the kernels do not take, or a cache of other sequences.
@@ -272,9 +272,7 @@ def _decode(problem: Problem, method: InfLLMv2, settings, choice: BlockChoice, n
     key, value = problem.key.clone(), problem.value.clone()
     new_key, new_value = (x[:, :, -1:].contiguous() for x in (problem.key, problem.value))
     key[:, :, -1], value[:, :, -1] = 0, 0  # `append` writes them
-    fine, coarse = (
-        None if x is None else x.clone() for x in compressed_keys(problem.key, settings, block)
-    )
+    fine, coarse = (None if x is None else x.clone() for x in compressed_keys(problem.key, settings, block))
     for level, stride in ((fine, block // 4), (coarse, block)):
         if level is not None and length >= 2 * stride and length % stride == 0:
             level[:, :, -1] = 0

@@ -3,8 +3,8 @@
 Paper: https://arxiv.org/abs/2502.11089; the specification, its settings and presets are `nsa_reference`'s.
 Compressed attention writes its output and its softmax denominators, from which importance goes straight to
 block scores and to the choice, all on the device; the chosen blocks are attended by the same kernel as
-DashAttention's; a sliding window and the gates' sum have kernels of their own. Any number of blocks up to all,
-any length up to 2^19 tokens at blocks of 64.
+DashAttention's; a sliding window and the gates' sum have kernels of their own. Any number of blocks up to
+all, any length up to 2^19 tokens at blocks of 64.
 
 Timed in prefill and training: compression, compressed attention, selection, selected attention, the window
 where there is one, the gated sum; from q, k, v as a model has them after RoPE, and in prefill and decode from
@@ -38,7 +38,7 @@ from dashbench.kernels.band import Band, band_attention
 from dashbench.kernels.compress import window_count
 from dashbench.kernels.decode_blocks import BlockDecodeStep, append_token
 from dashbench.kernels.gated_sum import gated_sum
-from dashbench.kernels.select_blocks import BlockChoice, select_blocks
+from dashbench.kernels.selection import BlockChoice, select_blocks
 
 NAMES = ("query", "key", "value")
 Weights = Mapping[str, torch.Tensor]
@@ -81,7 +81,7 @@ def nsa_attention(
         **settings: top_k, init_blocks, local_blocks, window, compression, rule in place of the preset's.
 
     Returns:
-        The output in the layout and dtype of `query`; with `return_active_blocks` a tuple that begins with it.
+        The output in the layout and dtype of `query`; with `return_active_blocks` (output, blocks).
 
     Raises:
         ValueError: an unknown setting, gates or weights that do not fit it, a shape that the kernels do not
@@ -185,7 +185,7 @@ def _specification(problem: Problem, settings: NsaSettings) -> Nsa:
 
 
 def prepare(problem: Problem, *, preset: str = "nsa", **settings: Any) -> Operator:
-    """NSA by our kernels for one problem; `settings` as in `nsa_reference`, whose seeded weights it shares."""
+    """NSA by our kernels for one problem; `settings` and seeded weights are `nsa_reference`'s."""
     chosen = settings_for(problem, preset, **settings)
     method = Nsa(problem, chosen)
     try:
@@ -310,7 +310,8 @@ def _decode(problem: Problem, method: Nsa, settings, choice: BlockChoice, notes)
         append_token(new_key, new_value, key, value, step.lengths, stride, *kept, overlap=overlap)
         if completes and not means:
             recent = (x[:, :, -2 * stride :] for x in (key, value))
-            for x, new in zip(compressed, compress(settings.compression, *recent, stride, weights), strict=True):
+            made = compress(settings.compression, *recent, stride, weights)
+            for x, new in zip(compressed, made, strict=True):
                 x[:, :, -1:] = new
 
     def run() -> torch.Tensor:

@@ -1,8 +1,9 @@
 """NSA's compressors as differentiable functions of their weights: windows of keys and values to vectors.
 
 Paper: arXiv 2502.11089, equation 7. The learned MLP is the one of the benchmark of the DashAttention paper
-(arXiv 2605.18753): a channel's 32 keys and 32 values of a window go through Linear(64, 128), ReLU, Linear(128,
-2) to that channel's compressed key and value, shared by all heads and channels, without position embedding.
+(arXiv 2605.18753): a channel's 32 keys and 32 values of a window go through Linear(64, 128), ReLU,
+Linear(128, 2) to that channel's compressed key and value, shared by all heads and channels, without position
+embedding.
 
 Weights, by kind (S stride, windows of 2 S tokens, D head dim, F width of the network):
 

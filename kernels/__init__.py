@@ -17,6 +17,10 @@ _HOME = {
     "route_chunks": "route",
     "block_sparse_attention": "attend",
     "routes_of_mask": "attend",
+    "band_attention": "band",
+    "select_blocks": "selection",
+    "mean_windows": "compress",
+    "BlockDecodeStep": "decode_blocks",
 }
 __all__ = sorted(_HOME)
 

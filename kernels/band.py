@@ -130,8 +130,8 @@ def _band_kernel(
             + (kv_head * GROUP + head).to(tl.int64) * out_stride_h
             + n.to(tl.int64) * out_stride_n
         )
-        result = accumulator / safe[:, None]
-        tl.store(out + out_offset[:, None] + dim[None, :], result.to(out.dtype.element_ty), mask=real[:, None])
+        result = (accumulator / safe[:, None]).to(out.dtype.element_ty)
+        tl.store(out + out_offset[:, None] + dim[None, :], result, mask=real[:, None])
 
 
 def _checked(query: torch.Tensor, key: torch.Tensor) -> int:
@@ -214,9 +214,7 @@ class _BandAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out, _):
         band = ctx.band
-        grads = band_gradients(
-            grad_out, *ctx.saved_tensors, band.kernel, band.stride, band.window, ctx.start
-        )
+        grads = band_gradients(grad_out, *ctx.saved_tensors, band.kernel, band.stride, band.window, ctx.start)
         return *grads, None, None
 
 

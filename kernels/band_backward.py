@@ -19,9 +19,9 @@ LOG2_E = 1.4426950408889634
 
 
 @triton.jit
-def _rows_of_tile(x, batch, head, n, dim, stride_b, stride_h, stride_n, real):
+def _rows_of_tile(x, strides, batch, head, n, dim, real):
     """`[ROWS, D]` of a `[B, H, N, D]` tensor."""
-    offset = batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h + n.to(tl.int64) * stride_n
+    offset = batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1] + n.to(tl.int64) * strides[2]
     return tl.load(x + offset[:, None] + dim[None, :], mask=real[:, None], other=0.0)
 
 
@@ -42,9 +42,9 @@ def _query_kernel(
     real = (row % HEADS < GROUP) & (n < rows)
     dim = tl.arange(0, HEAD_DIM)
     column = tl.arange(0, BLOCK)
-    q = _rows_of_tile(query, batch, head, n, dim, query_strides[0], query_strides[1], query_strides[2], real)
-    o = _rows_of_tile(out, batch, head, n, dim, out_strides[0], out_strides[1], out_strides[2], real)
-    g = _rows_of_tile(grad_out, batch, head, n, dim, grad_strides[0], grad_strides[1], grad_strides[2], real)
+    q = _rows_of_tile(query, query_strides, batch, head, n, dim, real)
+    o = _rows_of_tile(out, out_strides, batch, head, n, dim, real)
+    g = _rows_of_tile(grad_out, grad_strides, batch, head, n, dim, real)
     difference = tl.sum(o.to(tl.float32) * g.to(tl.float32), 1)
     lse_offset = (index.to(tl.int64) * GROUP + row % HEADS) * rows + n
     tl.store(delta + lse_offset, difference, mask=real)
@@ -106,8 +106,8 @@ def _key_kernel(
     for tile in range(begin, tl.minimum(begin + share, stop_tile)):
         n = tile * TILE + row // HEADS
         real = (row % HEADS < GROUP) & (n < rows)
-        q = _rows_of_tile(query, batch, head, n, dim, query_strides[0], query_strides[1], query_strides[2], real)
-        g = _rows_of_tile(grad_out, batch, head, n, dim, grad_strides[0], grad_strides[1], grad_strides[2], real)
+        q = _rows_of_tile(query, query_strides, batch, head, n, dim, real)
+        g = _rows_of_tile(grad_out, grad_strides, batch, head, n, dim, real)
         lse_offset = (index.to(tl.int64) * GROUP + row % HEADS) * rows + n
         level = tl.load(lse + lse_offset, mask=real, other=float("inf")) * 1.4426950408889634
         difference = tl.load(delta + lse_offset, mask=real, other=0.0)
@@ -116,7 +116,8 @@ def _key_kernel(
         seen = key[:, None] < limit[None, :]
         if WINDOW:
             seen = seen & (key[:, None] > (position - window)[None, :])
-        p = tl.where(seen, tl.exp2(tl.dot(k, tl.trans(q)) * scale_log2 - level[None, :]), 0.0)  # [BLOCK, ROWS]
+        scores = tl.dot(k, tl.trans(q)) * scale_log2  # [BLOCK, ROWS]
+        p = tl.where(seen, tl.exp2(scores - level[None, :]), 0.0)
         grad_value = tl.dot(p.to(g.dtype), g, grad_value)
         ds = p * (tl.dot(v, tl.trans(g)) - difference[None, :])
         grad_key = tl.dot(ds.to(q.dtype), q, grad_key)
@@ -166,9 +167,7 @@ def band_gradients(
         rows, count, start, tiles, kv_heads, window, scale, scale * LOG2_E, **shape,
     )  # fmt: skip
     programs = blocks * batch * kv_heads
-    processors = (
-        torch.cuda.get_device_properties(query.device).multi_processor_count if query.is_cuda else 1
-    )
+    processors = torch.cuda.get_device_properties(query.device).multi_processor_count if query.is_cuda else 1
     splits = max(1, min(16, 4 * processors // programs))
     parts = torch.empty(2, splits, batch, kv_heads, count, dim, dtype=torch.float32, device=query.device)
     _key_kernel[(blocks * splits, batch * kv_heads)](

@@ -194,7 +194,7 @@ def mlp_windows(
         (keys, values), `[B, Hkv, T, D]` contiguous, in the dtype of `key`.
     """
     tensors = (first, first_bias, second, second_bias)
-    if window_count(key.shape[2], stride) and torch.is_grad_enabled():
-        if any(x.requires_grad for x in (key, value, *tensors)):
-            return _MlpWindows.apply(key, value, stride, *tensors)
+    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (key, value, *tensors))
+    if differentiable and window_count(key.shape[2], stride):
+        return _MlpWindows.apply(key, value, stride, *tensors)
     return _mlp_forward(key, value, stride, *(x.detach() for x in tensors))

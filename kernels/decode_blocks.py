@@ -14,8 +14,8 @@ Sources: NSA (arXiv 2502.11089), InfLLMv2 (arXiv 2509.24663). Stages, each calla
 No stage reads a length on the host, so a step can be captured in a CUDA graph and replayed while the cache
 grows.
 
-Letters: B sequences, T new tokens a sequence, Hq query heads, Hkv KV heads, G = Hq / Hkv, D head dim, M blocks
-that the cache can hold, S splits. "Step row" is (sequence, new token).
+Letters: B sequences, T new tokens a sequence, Hq query heads, Hkv KV heads, G = Hq / Hkv, D head dim, M
+blocks that the cache can hold, S splits. "Step row" is (sequence, new token).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import triton.language as tl
 
 from dashbench.kernels.band import Band
 from dashbench.kernels.decode_kernels import _after_previous_kernel, attend_kernel, combine_kernel
-from dashbench.kernels.select_blocks import BlockChoice, choose_blocks
+from dashbench.kernels.selection import BlockChoice, choose_blocks
 
 LOG2_E = 1.4426950408889634
 MAX_SPLITS = 128
@@ -134,7 +134,7 @@ def _scores_kernel(
         for offset in tl.static_range(-1, 4):
             t = block * 4 + offset
             inside = (t >= 0) & (t < seen)
-            z = tl.load(p_logits + t[None, :], (o_g < G)[:, None] & inside[None, :], float("-inf"))
+            z = tl.load(p_logits + t[None, :], (o_g < G)[:, None] & inside[None, :], 0.0)
             weight = tl.where(inside[None, :] & (o_g < G)[:, None], tl.exp2(z - level[:, None]), 0.0)
             importance = tl.sum(weight, 0)
             if MAX_RULE:
@@ -233,22 +233,22 @@ def _append_kernel(
     tl.store(p_value + last * value_strides[2] + o_d, b_value)
     if MEANS and length >= 2 * STRIDE and length % STRIDE == 0:
         # Earlier tokens come from the cache and the new one from registers: no read after write.
-        earlier = length - 2 * STRIDE + tl.arange(0, 2 * STRIDE)
+        earlier = (length - 2 * STRIDE + tl.arange(0, 2 * STRIDE)).to(tl.int64)
         old = (earlier < length - 1)[:, None]
         window = (length // STRIDE - 2).to(tl.int64)
-        b_old = tl.load(p_key + earlier.to(tl.int64)[:, None] * key_strides[2] + o_d[None, :], old, 0.0)
+        b_old = tl.load(p_key + earlier[:, None] * key_strides[2] + o_d[None, :], old, 0.0)
         mean = (tl.sum(b_old.to(tl.float32), 0) + b_key.to(tl.float32)) / (2 * STRIDE)
         p_mean = mean_key + sequence * mean_key_strides[0] + head * mean_key_strides[1]
         tl.store(p_mean + window * mean_key_strides[2] + o_d, mean.to(mean_key.dtype.element_ty))
         if VALUES:
-            b_old = tl.load(p_value + earlier.to(tl.int64)[:, None] * value_strides[2] + o_d[None, :], old, 0.0)
+            b_old = tl.load(p_value + earlier[:, None] * value_strides[2] + o_d[None, :], old, 0.0)
             mean = (tl.sum(b_old.to(tl.float32), 0) + b_value.to(tl.float32)) / (2 * STRIDE)
             p_mean = mean_value + sequence * mean_value_strides[0] + head * mean_value_strides[1]
             tl.store(p_mean + window * mean_value_strides[2] + o_d, mean.to(mean_value.dtype.element_ty))
     if COARSE and length >= 8 * STRIDE and length % (4 * STRIDE) == 0:
-        earlier = length - 8 * STRIDE + tl.arange(0, 8 * STRIDE)
+        earlier = (length - 8 * STRIDE + tl.arange(0, 8 * STRIDE)).to(tl.int64)
         old = (earlier < length - 1)[:, None]
-        b_old = tl.load(p_key + earlier.to(tl.int64)[:, None] * key_strides[2] + o_d[None, :], old, 0.0)
+        b_old = tl.load(p_key + earlier[:, None] * key_strides[2] + o_d[None, :], old, 0.0)
         mean = (tl.sum(b_old.to(tl.float32), 0) + b_key.to(tl.float32)) / (8 * STRIDE)
         window = (length // (4 * STRIDE) - 2).to(tl.int64)
         p_mean = coarse_key + sequence * coarse_strides[0] + head * coarse_strides[1]

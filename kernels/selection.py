@@ -1,4 +1,4 @@
-"""Block selection of NSA and InfLLMv2: from compressed keys to the bit mask of the best blocks, on the device.
+"""Block selection of NSA and InfLLMv2: from compressed keys to a bit mask of the best blocks, on the device.
 
 Sources: NSA (arXiv 2502.11089, equations 8 to 12), InfLLMv2 (arXiv 2509.24663, section 3). A compressed key t
 stands for tokens `[stride t, stride t + 2 stride)`; a block of 4 strides overlaps five of them, t = 4j-1 ..
@@ -146,7 +146,7 @@ def _scores_kernel(
     window = tl.arange(0, BLOCK)
     n_out = tile * TILE + tl.arange(0, TILE)
     BLOCKS: tl.constexpr = BLOCK // 4
-    out = index.to(tl.int64) * rows * width + n_out.to(tl.int64)[None, :] * width + tl.arange(0, BLOCKS)[:, None]
+    out = (index.to(tl.int64) * rows + n_out[None, :]) * width + tl.arange(0, BLOCKS)[:, None]
     whole = least // BLOCK * BLOCK
     for first in range(0, whole, BLOCK):
         k = tl.reshape(keys.load([batch, kv_head, first, 0]), [BLOCK, HEAD_DIM])

@@ -1,0 +1,98 @@
+"""Band attention against a softmax written out in fp64: outputs, log-sum-exp and all gradients."""
+
+import pytest
+import torch
+
+from dashbench.kernels.band import Band, band_attention, band_forward
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def expected(query, key, value, band, start):
+    """(output, lse) in fp64; a row that sees nothing: 0 and +inf."""
+    query, key, value = (x.double() for x in (query, key, value))
+    group = query.shape[1] // key.shape[1]
+    position = torch.arange(start, start + query.shape[2], device=query.device)[:, None]
+    t = torch.arange(key.shape[2], device=query.device)
+    seen = t * band.stride + band.kernel - 1 <= position
+    if band.window:
+        seen &= t > position - band.window
+    scores = query @ key.repeat_interleave(group, 1).mT * query.shape[-1] ** -0.5
+    scores = scores.masked_fill(~seen, -torch.inf)
+    lse = scores.logsumexp(-1)
+    empty = ~seen.any(-1)
+    weights = torch.softmax(scores.masked_fill(empty[:, None], 0.0), -1) * seen
+    return weights @ value.repeat_interleave(group, 1), lse.masked_fill(empty, torch.inf)
+
+
+def inputs(batch, kv_heads, group, rows, keys, dim=64, dtype=torch.float32):
+    draw = torch.Generator().manual_seed(rows + keys)
+
+    def normal(heads, n):
+        return (2 * torch.randn(batch, heads, n, dim, generator=draw)).to(DEVICE, dtype)
+
+    return normal(kv_heads * group, rows), normal(kv_heads, keys), normal(kv_heads, keys)
+
+
+CASES = {
+    "compressed": (2, 2, 2, 70, Band(8, 4), 0),
+    "no-key-yet": (1, 1, 4, 7, Band(8, 4), 0),
+    "window": (1, 1, 4, 75, Band(window=9), 0),
+    "later-rows": (1, 2, 3, 20, Band(32, 16), 50),
+    "blocks-of-keys": (1, 1, 1, 150, Band(2, 1), 3),
+}
+
+
+@pytest.mark.parametrize("batch,kv_heads,group,rows,band,start", CASES.values(), ids=CASES)
+def test_output_lse_and_gradients(batch, kv_heads, group, rows, band, start):
+    tensors = inputs(batch, kv_heads, group, rows, band.count(start + rows))
+    leaves = [x.clone().requires_grad_() for x in tensors]
+    exact = [x.double().requires_grad_() for x in tensors]
+    out, lse = band_attention(*leaves, band, start)
+    wanted, wanted_lse = expected(*exact, band, start)
+    torch.testing.assert_close(out.double(), wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse.double(), wanted_lse, rtol=1e-6, atol=1e-5)
+    alone = band_forward(tensors[0], tensors[1], None, band, start)[1]
+    torch.testing.assert_close(alone, lse, rtol=1e-6, atol=1e-6)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    found = torch.autograd.grad(out, leaves, grad)
+    for got, right in zip(found, torch.autograd.grad(wanted, exact, grad.double()), strict=True):
+        torch.testing.assert_close(got.double(), right, rtol=1e-4, atol=2e-5)
+
+
+def test_strided_heads_first_or_last_give_the_same():
+    query, key, value = inputs(2, 2, 2, 40, 33)
+    out, _ = band_forward(query, key, value, Band(8, 1), 0)
+    turned = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (query, key, value)]
+    assert turned[0].stride() != query.stride()
+    assert torch.equal(band_forward(*turned, Band(8, 1), 0)[0], out)
+
+
+@pytest.mark.parametrize("given", [{"kernel": 0}, {"window": -1}, {"kernel": 8, "stride": 4, "window": 5}])
+def test_impossible_bands_are_refused(given):
+    with pytest.raises(ValueError):
+        Band(**given)
+
+
+def test_unsupported_shapes_are_named():
+    query, key, value = inputs(1, 2, 1, 8, 8)
+    with pytest.raises(ValueError, match="head dim"):
+        band_forward(query[..., :16], key[..., :16], value[..., :16], Band())
+    with pytest.raises(ValueError, match="multiple"):
+        band_forward(query[:, :1].repeat(1, 3, 1, 1), key, value, Band())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("band", [Band(32, 16), Band(128, 64), Band(window=512)], ids=str)
+def test_real_shapes_on_a_gpu(band):
+    rows = 2000
+    tensors = inputs(1, 2, 16, rows, band.count(rows), 128, torch.bfloat16)
+    leaves = [x.clone().requires_grad_() for x in tensors]
+    exact = [x.double().requires_grad_() for x in tensors]
+    out, _ = band_attention(*leaves, band)
+    wanted, _ = expected(*exact, band, 0)
+    assert float((out.double() - wanted).norm() / wanted.norm()) < 5e-3
+    grad = torch.randn_like(out)
+    found = torch.autograd.grad(out, leaves, grad)
+    for got, right in zip(found, torch.autograd.grad(wanted, exact, grad.double()), strict=True):
+        assert float((got.double() - right).norm() / right.norm()) < 1e-2
