@@ -83,7 +83,9 @@ class Progress:
             colour = COLOURS.get(event.row["status"], "red")
             prefix = "" if self.bar is not None else f"[{self.finished}/{self.total}] "
             self.console.print(
-                prefix + _row_text(event.row), style=colour if self.bar else None, markup=False
+                prefix + (event.text or _row_text(event.row)),
+                style=colour if self.bar else None,
+                markup=False,
             )
             if self.bar is not None:
                 self.bar.update(self.task, advance=1, left=self._left())

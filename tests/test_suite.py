@@ -9,7 +9,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dashbench.suite import SuiteError, json_schema, load_suite
+from dashbench.suite import SUITE_KINDS, SuiteError, json_schema, load_suite
 
 ROOT = Path(__file__).parent.parent
 SUITES = sorted((ROOT / "suites").glob("*.yaml"))
@@ -158,7 +158,7 @@ shape: tiny
         (GOOD + "exclude: [{batch: yes}]\n", "{f}:8: exclude.0.batch: expected a number, or a comparison such as '>16k', got True"),
         (GOOD + "exclude: [{}]\n", "{f}:8: exclude.0: expected at least one key; an empty entry matches every point"),
         (GOOD + "include:\n  - zip: [[context, sed]]\n", "{f}:9: include.0.zip.0.1: unknown axis 'sed'; did you mean 'seed'?"),
-        (GOOD.replace("kernels", "kernel"), "{f}:2: kind: expected one of kernels, got 'kernel'; did you mean 'kernels'?"),
+        (GOOD.replace("kernels", "kernel"), "{f}:2: kind: expected one of {kinds}, got 'kernel'; did you mean 'kernels'?"),
         (GOOD + "zip:\n  - [context, batch]\n  - [batch, seed]\n", "{f}:10: zip.1.0: axis 'batch' is zipped twice"),
         (GOOD.replace("[1k]", "[]"), "{f}:6: context: expected at least one value, got []"),
         (GOOD.replace("[1k]", ""), "{f}:6: context: expected a value, got nothing"),
@@ -182,7 +182,7 @@ def test_a_wrong_suite_says_where_and_what_instead(tmp_path, text, message):
     path = write(tmp_path, text)
     with pytest.raises(SuiteError) as problem:
         load_suite(path)
-    assert str(problem.value) == message.format(f=path)
+    assert str(problem.value) == message.format(f=path, kinds=", ".join(SUITE_KINDS))
 
 
 def test_a_missing_suite_names_its_neighbour():

@@ -1,0 +1,1 @@
+"""A small Llama trained on long-context retrieval, and continued with each sparse attention."""
