@@ -88,6 +88,8 @@ def run(
     if dry_run:
         plan(suite, only)
         return
+    if again and _load(suite).spec.kind == "train":
+        stop("--again: a training suite is trained again by giving another --out")
     from dashbench.progress import Progress
     from dashbench.runner import WorkerFailed
     from dashbench.store import StoreError
@@ -100,7 +102,8 @@ def run(
     with Progress(loaded.id) as progress:
         try:
             run_kind = imported(loaded.spec.RUN)
-            summary = run_kind(loaded, folder, names, budget, retry_failed, progress.event, again)
+            more = {"again": True} if again else {}
+            summary = run_kind(loaded, folder, names, budget, retry_failed, progress.event, **more)
         except (StoreError, WorkerFailed) as problem:
             progress.stop()
             stop(str(problem))
@@ -120,6 +123,30 @@ def plan(suite: SuitePath, only: Only = None) -> None:
     points = [p for p in loaded.points() if names is None or p.method in names]
     device = device_facts()
     print_plan(loaded, imported(loaded.spec.PLAN)(loaded, points, device), device)
+
+
+@app.command("make-checkpoint")
+def make_checkpoint(
+    folder: Annotated[Path, typer.Argument(help="folder to write", metavar="DIR")],
+    kind: Annotated[str, typer.Option(help="dense, infllmv2, nsa or dash")] = "dash",
+    size: Annotated[str, typer.Option(help="tiny, or 8b (16 GB)")] = "tiny",
+    seed: Annotated[int, typer.Option(help="of the weights")] = 0,
+) -> None:
+    """Write a checkpoint with random weights, in Hugging Face format with the parameter names of the released
+    ones: to try the path, not to score."""
+    from dashbench.models.kinds import KINDS, CheckpointError
+
+    if kind not in KINDS:
+        stop(f"--kind: expected one of {', '.join(KINDS)}, got {kind!r}")
+    try:
+        from dashbench.models.checkpoint import make_checkpoint as write
+
+        digest = write(folder, kind, size, seed)
+    except CheckpointError as problem:
+        stop(str(problem))
+    except ImportError:
+        stop("transformers is not installed; pip install 'dashbench[accuracy]' enables it")
+    typer.echo(f"{folder}: {kind}, {size}, weights {digest}")
 
 
 @app.command()

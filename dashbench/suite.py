@@ -28,6 +28,7 @@ from dashbench.yaml_lines import At, SuiteError, check_keys, find, nearest
 SUITE_VERSION = 1
 SUITE_KINDS = {
     "kernels": "dashbench.suite_kernels:KernelSuite",
+    "accuracy": "dashbench.suite_accuracy:AccuracySuite",
     "train": "dashbench.suite_train:TrainSuite",
 }
 

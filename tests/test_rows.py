@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from dashbench.rows import Check, Point, Row, Shape
+from dashbench.rows import BaseRow, Check, Point, Row, Shape
+from dashbench.rows_accuracy import AccuracyRow
 
 ROOT = Path(__file__).parent.parent
 SHAPE = {"name": "tiny", "query_heads": 4, "kv_heads": 1, "head_dim": 64}
@@ -72,3 +73,13 @@ def test_a_point_is_named_by_its_content_alone():
 def test_query_heads_must_be_a_multiple_of_kv_heads():
     with pytest.raises(ValidationError, match="not a multiple"):
         Shape(name="odd", query_heads=5, kv_heads=2, head_dim=64)
+
+
+def test_the_fields_of_an_answer_are_documented():
+    text = (ROOT / "results" / "README.md").read_text()
+    table = text[text.index("| field of an answer") :]
+    documented = set()
+    for line in table.splitlines():
+        if line.startswith("| `"):
+            documented |= set(re.findall(r"`(\w+)`", line.split("|")[1]))
+    assert documented == set(AccuracyRow.model_fields) - set(BaseRow.model_fields) - {"kind"}

@@ -1,0 +1,126 @@
+"""One batch of sequences of equal length in generation: caches of every layer, and the ledger of sparsity.
+
+Keys and values stand in buffers of a fixed capacity, so that a captured CUDA graph of one step serves all
+steps. What a kind keeps beside them (summaries of chunks, compressed keys) is here too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dashbench.baselines.selected_blocks import CompressedCache
+from dashbench.kernels.cache import DashCache
+
+
+class Ledger:
+    """Kept and visible tokens by layer, KV head and phase, summed on the device.
+
+    From the sums follow S_flop = 1 − kept / visible; from the sums of ratios S_mean; from the blocks S_up.
+
+    Args:
+        layers, kv_heads: of the model.
+        device: where the sums are.
+    """
+
+    PHASES = ("prefill", "decode")
+
+    def __init__(self, layers: int, kv_heads: int, device: torch.device | str):
+        shape = (len(self.PHASES), layers, kv_heads)
+        self.kept, self.visible, self.ratio, self.block_tokens, self.rows = (
+            torch.zeros(shape, dtype=torch.float64, device=device) for _ in range(5)
+        )
+
+    def clear(self) -> None:
+        """Start again from zero."""
+        for sums in (self.kept, self.visible, self.ratio, self.block_tokens, self.rows):
+            sums.zero_()
+
+    def add(self, phase: str, layer: int, active: Tensor | None, start: int, rows: int, block: int) -> None:
+        """Counts the queries of one call.
+
+        Args:
+            phase: of PHASES.
+            layer: index.
+            active: `[B, Hkv, rows]` blocks attended, the own one included; None: dense.
+            start: position of the first query.
+            rows: queries a sequence.
+            block: tokens in a block.
+        """
+        at = self.PHASES.index(phase), layer
+        position = torch.arange(start, start + rows, device=self.kept.device)
+        visible = (position + 1).double()
+        if active is None:
+            kept = visible.expand(1, self.kept.shape[2], rows)
+            whole = kept
+        else:
+            kept = ((active - 1) * block + position % block + 1).double()
+            whole = active.double() * block
+        batch = kept.shape[0]
+        self.kept[at] += kept.sum((0, 2))
+        self.visible[at] += batch * visible.sum()
+        self.ratio[at] += (kept / visible).sum((0, 2))
+        self.block_tokens[at] += (whole / (start + rows)).sum((0, 2))
+        self.rows[at] += batch * rows
+
+    def summary(self) -> dict[str, Any]:
+        """`s_flop`, `s_mean` and `s_up` of each phase that has queries, and `s_flop` by layer."""
+        found: dict[str, Any] = {}
+        for index, phase in enumerate(self.PHASES):
+            rows = self.rows[index].sum()
+            if not rows:
+                continue
+            kept, visible = self.kept[index], self.visible[index]
+            found[phase] = {
+                "s_flop": float(1 - kept.sum() / visible.sum()),
+                "s_mean": float(1 - self.ratio[index].sum() / rows),
+                "s_up": float(1 - self.block_tokens[index].sum() / rows),
+                "s_flop_by_layer": (1 - kept.sum(-1) / visible.sum(-1)).tolist(),
+            }
+        return found
+
+
+class Sequences:
+    """State of one batch while it is read and continued.
+
+    Args:
+        layers, batch, kv_heads, head_dim: L, B, Hkv, D.
+        capacity: tokens a sequence may have.
+        kind, settings: of the attention.
+        dtype, device: of keys and values.
+    """
+
+    def __init__(self, layers, batch, kv_heads, head_dim, capacity, kind, settings, dtype, device):
+        self.length = 0
+        self.capacity = capacity
+        self.ledger = Ledger(layers, kv_heads, device)
+        self.counting = True
+        self.chunk_size = settings.get("chunk_size", settings.get("block_size", 64))
+        self.dash: list[DashCache] = []
+        self.compressed = [CompressedCache() for _ in range(layers)] if kind in ("nsa", "infllmv2") else []
+        if kind == "dash":
+            shape = (batch, kv_heads, head_dim, self.chunk_size, capacity, dtype, device)
+            self.dash = [DashCache(*shape) for _ in range(layers)]
+            self.keys = [cache.view.key for cache in self.dash]
+            self.values = [cache.view.value for cache in self.dash]
+        else:
+            buffers = [
+                torch.zeros(2, batch, kv_heads, capacity, head_dim, dtype=dtype, device=device)
+                for _ in range(layers)
+            ]
+            self.keys, self.values = [b[0] for b in buffers], [b[1] for b in buffers]
+
+    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes new keys and values `[B, Hkv, T, D]` of a layer; returns all of them so far.
+
+        Raises:
+            ValueError: more tokens than the capacity.
+        """
+        end = self.length + key.shape[2]
+        if end > self.capacity:
+            raise ValueError(f"{end} tokens do not fit sequences of {self.capacity}")
+        self.keys[layer][:, :, self.length : end] = key
+        self.values[layer][:, :, self.length : end] = value
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]

@@ -1,0 +1,1 @@
+"""Tasks of accuracy suites: RULER from released prompts, and lm-eval's own by name."""
