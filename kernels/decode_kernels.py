@@ -112,7 +112,7 @@ def _summarize_chunk(
     peak = tl.sum(b_query, 0) * 0 + float("-inf")
     total = tl.sum(b_query, 0) * 0
     b_summary = tl.zeros([D], tl.float32)
-    for first in range(0, C, 16):
+    for first in tl.static_range(0, C, 16):  # unrolled, so that the loads do not wait for one another
         place = (inside * C + first + tl.arange(0, 16)).to(tl.int64)
         b_key = tl.load(p_key + place[:, None] * key_strides[2] + o_d[None, :]).to(tl.float32)  # [16, D]
         logits = tl.sum(b_key * b_query[None, :], 1) * scale
