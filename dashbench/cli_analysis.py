@@ -117,7 +117,8 @@ def overhead(
 def crossover(
     stores: Stores,
     refine: Annotated[
-        Path | None, typer.Option(help="measure more lengths of this suite near the crossovers", metavar="SUITE")
+        Path | None,
+        typer.Option(help="measure more lengths of this suite near the crossovers", metavar="SUITE"),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="folder for the new rows (default: out/SUITE_NAME)", metavar="DIR")

@@ -187,7 +187,7 @@ class Evaluation:
     def write(self, point: AccuracyPoint, began: float, status: str, reason: str | None = None, **fields):
         """Stores a row and shows it."""
         state = self.model.dashbench if self.model is not None else None
-        notes = {"sources": state.source} if state else {}
+        notes = {"sources": state.source, "dense_backend": state.backend} if state else {}
         row = AccuracyRow(
             key=point.key(), method=state.kind if state else point.attention, label=point.label,
             checkpoint=point.checkpoint, weights=self.weights, preset=point.preset,

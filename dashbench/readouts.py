@@ -68,7 +68,9 @@ def print_overheads(stores: list[Path], longest: int, out: Path | None) -> None:
     found = overheads(rows, longest)
     if not found:
         if speedups(rows):
-            raise StoreError(f"no sparse row up to {longest} tokens has both its stages and a dense row beside it")
+            raise StoreError(
+                f"no sparse row up to {longest} tokens has both its stages and a dense row beside it"
+            )
         raise _no_pairs(rows)
     print_sheet(sheets.overhead_sheet(found), titled=False)
     if out:

@@ -75,7 +75,9 @@ def refine_suite(stores: list[Path], suite: Path, out: Path | None) -> Path:
         }
     )
     if not wanted:
-        raise StoreError("no crossover of the suite's methods lies between measured lengths: nothing to refine")
+        raise StoreError(
+            "no crossover of the suite's methods lies between measured lengths: nothing to refine"
+        )
     name = f"{loaded.spec.name}-refined"
     folder = out or Path("out") / name
     folder.mkdir(parents=True, exist_ok=True)

@@ -29,6 +29,7 @@ SUITE_VERSION = 1
 SUITE_KINDS = {
     "kernels": "dashbench.suite_kernels:KernelSuite",
     "accuracy": "dashbench.suite_accuracy:AccuracySuite",
+    "latency": "dashbench.suite_latency:LatencySuite",
     "train": "dashbench.suite_train:TrainSuite",
 }
 

@@ -58,6 +58,29 @@ def dense_attention(
     return out, f"torch {torch.__version__} {backend.name.lower()}"
 
 
+def dense_step(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, str]:
+    """Causal attention of the last T of L tokens, T < L; as `dense_attention` otherwise.
+
+    FlashAttention-3 runs by its interface for caches, which splits the keys over the GPU.
+    """
+    tokens, length = query.shape[2], key.shape[2]
+    name = _flash_attention_3(query, False)
+    if name is not None:
+        step = import_module(name).flash_attn_with_kvcache
+        lengths = torch.full((len(query),), length, dtype=torch.int32, device=query.device)
+        heads = (x.transpose(1, 2) for x in (query, key, value))
+        out = step(*heads, cache_seqlens=lengths, causal=True, num_splits=0, pack_gqa=True)
+        out = out[0] if isinstance(out, tuple) else out
+        return out.transpose(1, 2), f"{name} {_version(FLASH_ATTENTION_3[name][0])}"
+    mask = None
+    if tokens > 1:
+        position = torch.arange(length - tokens, length, device=query.device)
+        mask = torch.arange(length, device=query.device) <= position[:, None]
+    grouped = query.shape[1] != key.shape[1]
+    out = scaled_dot_product_attention(query, key, value, mask, enable_gqa=grouped)
+    return out, f"torch {torch.__version__}"
+
+
 def _flash_attention_3(query: torch.Tensor, training: bool) -> str | None:
     """The installed module that takes this query, or None."""
     if not query.is_cuda or torch.cuda.get_device_capability(query.device) != (9, 0):

@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from dashbench.rows import BaseRow, Check, Point, Row, Shape
 from dashbench.rows_accuracy import AccuracyRow
+from dashbench.rows_latency import LatencyRow
 
 ROOT = Path(__file__).parent.parent
 SHAPE = {"name": "tiny", "query_heads": 4, "kv_heads": 1, "head_dim": 64}
@@ -75,11 +76,14 @@ def test_query_heads_must_be_a_multiple_of_kv_heads():
         Shape(name="odd", query_heads=5, kv_heads=2, head_dim=64)
 
 
-def test_the_fields_of_an_answer_are_documented():
+@pytest.mark.parametrize(
+    ("head", "row"), [("| field of an answer", AccuracyRow), ("| field of a latency", LatencyRow)]
+)
+def test_the_fields_of_other_rows_are_documented(head, row):
     text = (ROOT / "results" / "README.md").read_text()
-    table = text[text.index("| field of an answer") :]
+    table = text[text.index(head) :].split("\n\n")[0]
     documented = set()
     for line in table.splitlines():
         if line.startswith("| `"):
             documented |= set(re.findall(r"`(\w+)`", line.split("|")[1]))
-    assert documented == set(AccuracyRow.model_fields) - set(BaseRow.model_fields) - {"kind"}
+    assert documented == set(row.model_fields) - set(BaseRow.model_fields) - {"kind"}

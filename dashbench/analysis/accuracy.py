@@ -268,9 +268,7 @@ def paired_tests(table: Scores, pairs: Sequence[tuple[int, int]], seed: int = 0)
         mean = float(task_mean(table, each))
         needed = samples_needed(each, len(pairs)) if p >= SIGNIFICANCE else None
         first, second = table.configurations[a], table.configurations[b]
-        out.append(
-            PairedTest(first, second, around(values, mean), one, other, exact, p, each.size, needed)
-        )
+        out.append(PairedTest(first, second, around(values, mean), one, other, exact, p, each.size, needed))
     return out
 
 

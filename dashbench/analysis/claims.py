@@ -77,9 +77,7 @@ class Claim(_Strict):
     id: str
     statement: str
     source: str
-    check: Annotated[
-        SpeedupCheck | RateCheck | AccuracyCheck | FrontierCheck, Field(discriminator="kind")
-    ]
+    check: Annotated[SpeedupCheck | RateCheck | AccuracyCheck | FrontierCheck, Field(discriminator="kind")]
     tolerance: float = Field(default=0.0, ge=0, lt=1, description="relative, of speedups and rates")
     points: float = Field(default=0.0, ge=0, lt=1, description="absolute, of accuracies")
 
@@ -101,7 +99,11 @@ def load_claims(path: Path | None = None) -> ClaimFile:
     """
     name = str(path or PACKAGED)
     try:
-        text = path.read_text(encoding="utf-8") if path else files("dashbench").joinpath(PACKAGED).read_text("utf-8")
+        text = (
+            path.read_text(encoding="utf-8")
+            if path
+            else files("dashbench").joinpath(PACKAGED).read_text("utf-8")
+        )
         return ClaimFile.model_validate(yaml.safe_load(text))
     except OSError as problem:
         raise AnalysisError(f"{name}: cannot be read: {problem.strerror}") from None
@@ -181,9 +183,7 @@ def _speedup(claim: Claim, who: str, names: list[str], rows: list[dict[str, Any]
 
 def _rate(claim: Claim, who: str, names: list[str], rows: list[dict[str, Any]]) -> list[Finding]:
     check, required = claim.check, claim.check.value * (1 - claim.tolerance)
-    mine = [
-        r for r in rows if r["phase"] == check.phase and _matches(r["method"], names) and r.get("tflops")
-    ]
+    mine = [r for r in rows if r["phase"] == check.phase and _matches(r["method"], names) and r.get("tflops")]
     if not mine:
         return []
     best = max(mine, key=lambda r: (r["tflops"], r["key"]))

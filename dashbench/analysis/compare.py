@@ -69,7 +69,9 @@ def compare(
         exact[r["key"], r["environment_key"]] = r
         # A point measured in several environments has no one partner in a further one.
         only[r["key"]] = None if r["key"] in only else r
-    matched = [(r, exact.get((r["key"], r["environment_key"])) or only.get(r["key"])) for r in finished(before)]
+    matched = [
+        (r, exact.get((r["key"], r["environment_key"])) or only.get(r["key"])) for r in finished(before)
+    ]
     pairs = [(b, a) for b, a in matched if a is not None]
     raw = [
         float(mannwhitneyu(b["samples"], a["samples"]).pvalue) if b["samples"] and a["samples"] else 1.0

@@ -61,7 +61,9 @@ class Workload(_Strict):
     requests: list[Request] = Field(min_length=1)
     batch: int = Field(default=1, gt=0, description="sequences that decode together")
     layers: int = Field(default=32, gt=0, description="attention layers of the model")
-    accuracy_floor: float | None = Field(default=None, ge=0, le=1, description="mean score a method must reach")
+    accuracy_floor: float | None = Field(
+        default=None, ge=0, le=1, description="mean score a method must reach"
+    )
     accuracy_loss: float | None = Field(
         default=None, ge=0, le=1, description="mean score it may lose against dense"
     )
@@ -261,13 +263,18 @@ def _scale_flips(times: _Times, eligible: list[Candidate]) -> list[str]:
     for what, at in (("prompts", lambda f: (f, 1.0)), ("outputs", lambda f: (1.0, f))):
         if what == "outputs" and not any(r.output for r in requests):
             continue
-        for factors, word in (([f for f in SCAN if f > 1], "longer"), ([f for f in SCAN[::-1] if f < 1], "shorter")):
+        for factors, word in (
+            ([f for f in SCAN if f > 1], "longer"),
+            ([f for f in SCAN[::-1] if f < 1], "shorter"),
+        ):
             for factor in factors:
                 found = fastest(*at(factor))
                 if found is None:
                     break
                 if found is not eligible[0]:
-                    out.append(f"switch to {found.label} if {what} are {max(factor, 1 / factor):.2g} times {word}")
+                    out.append(
+                        f"switch to {found.label} if {what} are {max(factor, 1 / factor):.2g} times {word}"
+                    )
                     break
     return out
 

@@ -87,9 +87,7 @@ class KernelCosts:
         def mix(a: Any, b: Any) -> Any:
             return np.exp((1 - share) * np.log(np.maximum(a, 1e-9)) + share * np.log(np.maximum(b, 1e-9)))
 
-        return Cost(
-            float(mix(low.value, high.value)), mix(low.draws, high.draws), [*low.rows, *high.rows]
-        )
+        return Cost(float(mix(low.value, high.value)), mix(low.draws, high.draws), [*low.rows, *high.rows])
 
     def _row(self, row: dict[str, Any]) -> Cost:
         return Cost(float(row[self.quantity]), self._draws(row), [row])
@@ -125,7 +123,10 @@ class KernelCosts:
     @property
     def shape(self) -> dict[str, Any] | None:
         """Attention shape of the rows, if they agree on one."""
-        rows = [*self.dense.values(), *(r for n in self.sparse.values() for s in n.values() for r in s.values())]
+        rows = [
+            *self.dense.values(),
+            *(r for n in self.sparse.values() for s in n.values() for r in s.values()),
+        ]
         names = {setting(r).shape for r in rows}
         return rows[0]["shape"] if len(names) == 1 else None
 

@@ -219,7 +219,9 @@ def _read_off(axis: Axis, table: Scores, cost: np.ndarray, accuracy: np.ndarray)
         for share in (0.75, 0.5, 0.33):
             for m in sparse:
                 values = _interpolated(
-                    np.log(cost[:, members[m]] / cost[:, [dense]]), accuracy[:, members[m]], float(np.log(share))
+                    np.log(cost[:, members[m]] / cost[:, [dense]]),
+                    accuracy[:, members[m]],
+                    float(np.log(share)),
                 )
                 if np.isfinite(values).any():
                     at = f"{100 * share:g} % of dense latency"
@@ -276,9 +278,7 @@ def _one_length(axis: Axis, table: Scores, kernels: KernelCosts | None, seed: in
         for i, a in enumerate(names)
         for b in names[i + 1 :]
     ]
-    readouts = _read_off(
-        axis, kept, np.vstack([costs, cost_draws]), np.vstack([values, accuracy])
-    )
+    readouts = _read_off(axis, kept, np.vstack([costs, cost_draws]), np.vstack([values, accuracy]))
     note = ""
     if axis in ("latency", "memory") and kernels is not None:
         note = f"{axis} of {kernels.phase}, batch {kernels.batch}, {' cache, '.join(kernels.way)}, from kernel rows"
@@ -316,7 +316,9 @@ def pareto(
     if axis in ("latency", "memory"):
         timed = finished(rows)
         if not timed:
-            raise AnalysisError(f"no kernel rows here: accuracy against {axis} needs both kinds in the stores")
+            raise AnalysisError(
+                f"no kernel rows here: accuracy against {axis} needs both kinds in the stores"
+            )
         quantity = "latency_ms" if axis == "latency" else "peak_bytes"
         kernels = KernelCosts(one_environment(timed, environment), phase, batch, quantity)
     out = [_one_length(axis, table, kernels, seed) for table in found]

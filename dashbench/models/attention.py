@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from dashbench.baselines.infllmv2 import infllmv2_attention
 from dashbench.baselines.nsa import nsa_attention
 from dashbench.kernels.dash import dash_attention
-from dashbench.kernels.decode import append
+from dashbench.kernels.decode import DecodeStep, append
+from dashbench.kernels.dense import dense_attention, dense_step
 from dashbench.kernels.reference import DashOptions
 from dashbench.kernels.reference import dash_attention as specified_dash
 from dashbench.models.kinds import NETWORK_WIDTH
@@ -33,6 +34,10 @@ class AttentionState:
     def __init__(self, kind: str, settings: dict[str, Any], source: dict[str, str], rotary: nn.Module):
         self.kind, self.settings, self.source = kind, settings, source
         self.rotary = rotary
+        # (queries, keys) that attention sees in place of the model's own; random weights route unlike trained
+        # ones, and these are planted.
+        self.planted: tuple[Tensor, Tensor] | None = None
+        self.backend: str | None = None  # of dense attention, once it ran
 
     @property
     def block_size(self) -> int:
@@ -102,9 +107,11 @@ def attend(
     if dropout or (scaling is not None and abs(scaling * query.shape[-1] ** 0.5 - 1) > 1e-6):
         raise ValueError("attention is scaled by 1/√D and has no dropout here")
     state: AttentionState = module.dashbench
-    start = 0
+    start = 0 if sequences is None else sequences.length
+    if state.planted is not None:
+        here = slice(start, start + query.shape[2])
+        query, key = (x[:, :, here] for x in state.planted)
     if sequences is not None:
-        start = sequences.length
         new = key, value
         key, value = sequences.extend(module.layer_idx, key, value)
         out, active = _continued(module, state, query, key, value, new, sequences)
@@ -120,7 +127,7 @@ def attend(
 def _whole(module, state: AttentionState, query, key, value, cache=None) -> tuple[Tensor, Tensor | None]:
     """All tokens attend, from the first one on; differentiable."""
     if state.kind == "dense":
-        return _dense(query, key, value), None
+        return _dense(state, query, key, value), None
     if state.kind == "dash":
         summary = summary_query(module, state, key)
         options = dash_options(state.settings)
@@ -140,7 +147,7 @@ def _continued(module, state, query, key, value, new, sequences) -> tuple[Tensor
     """The last T of L tokens attend to all; what the kind caches is brought up to date."""
     layer, tokens, length = module.layer_idx, query.shape[2], key.shape[2]
     if state.kind == "dense":
-        return _dense(query, key, value), None
+        return _dense(state, query, key, value), None
     if state.kind != "dash":
         return _whole(module, state, query, key, value, sequences.compressed[layer])
     options = dash_options(state.settings)
@@ -156,6 +163,11 @@ def _continued(module, state, query, key, value, new, sequences) -> tuple[Tensor
         cache.append(*(x.contiguous() for x in new), plain)
         _rotated_summaries(module, state, cache, 0, length)
         return out, active
+    if sequences.static:
+        plain = module.indexer_q.view(key.shape[1], key.shape[3]).contiguous()
+        new = tuple(x.contiguous() for x in new)
+        step = DecodeStep(query, cache.view, DashOptions(**options), new=(*new, plain))
+        return step.run(), step.workspace.counts[:, 0][..., None]
     # The buffers are the cache's own, so its `append` writes the new tokens a second time, unchanged.
     plain = module.indexer_q.view(key.shape[1], key.shape[3]).contiguous()
     append(cache.view, *(x.contiguous() for x in new), plain, cache.chunk_size, cache._tickets)
@@ -164,15 +176,11 @@ def _continued(module, state, query, key, value, new, sequences) -> tuple[Tensor
     return cache.attend(query, DashOptions(**options))
 
 
-def _dense(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Causal softmax attention of the last T of L tokens."""
-    whole = query.shape[2] == key.shape[2]
-    if whole or query.shape[2] == 1:
-        return F.scaled_dot_product_attention(query, key, value, is_causal=whole, enable_gqa=True)
-    length = key.shape[2]
-    position = torch.arange(length - query.shape[2], length, device=query.device)
-    mask = torch.arange(length, device=query.device) <= position[:, None]
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
+def _dense(state: AttentionState, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Causal softmax attention of the last T of L tokens, by the best backend there is."""
+    attend_dense = dense_attention if query.shape[2] == key.shape[2] else dense_step
+    out, state.backend = attend_dense(query, key, value)
+    return out
 
 
 def dash_options(settings: dict[str, Any]) -> dict[str, Any]:

@@ -97,6 +97,8 @@ class Sequences:
         self.capacity = capacity
         self.ledger = Ledger(layers, kv_heads, device)
         self.counting = True
+        # One step, repeated at one place, as a captured graph replays it; see `restart_step`.
+        self.static = False
         self.chunk_size = settings.get("chunk_size", settings.get("block_size", 64))
         self.dash: list[DashCache] = []
         self.compressed = [CompressedCache() for _ in range(layers)] if kind in ("nsa", "infllmv2") else []
@@ -111,6 +113,15 @@ class Sequences:
                 for _ in range(layers)
             ]
             self.keys, self.values = [b[0] for b in buffers], [b[1] for b in buffers]
+
+    def restart_step(self) -> None:
+        """Makes the step from `length` to `length` + 1 repeatable: what a step leaves behind on the host is
+        taken back, and lengths on the device already count the token."""
+        self.static = True
+        for cache in self.compressed:
+            cache.length = self.length
+        for cache in self.dash:
+            cache.view.lengths.fill_(self.length + 1)
 
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Writes new keys and values `[B, Hkv, T, D]` of a layer; returns all of them so far.

@@ -52,7 +52,18 @@ def _environment_sheet(rows: list[dict[str, Any]]) -> Sheet:
                 ", ".join(f"{k} {v:.4g}" for k, v in sorted(ceilings.items())), ", ".join(commits), str(len(mine)),
             )
         )  # fmt: skip
-    columns = ("key", "device", "driver", "CUDA", "torch", "triton", "packages", "measured ceilings", "commits", "rows*")
+    columns = (
+        "key",
+        "device",
+        "driver",
+        "CUDA",
+        "torch",
+        "triton",
+        "packages",
+        "measured ceilings",
+        "commits",
+        "rows*",
+    )
     return Sheet("environments", "Where the rows were measured", columns, out)
 
 
@@ -83,10 +94,15 @@ def _in_short(
 ) -> list[str]:
     """One sentence for each thing most people ask first."""
     out = []
-    ours = {k: v for k, v in points.items() if k.cache == "cold" and k.launch == "graph" and k.routing == "topics"}
+    ours = {
+        k: v for k, v in points.items() if k.cache == "cold" and k.launch == "graph" and k.routing == "topics"
+    }
     found = {c.line: c for c in crossovers(rows)}
     for phase in ("prefill", "decode", "train"):
-        mine = sorted((k for k in ours or points if k.phase == phase), key=lambda k: max(p.ratio.value for p in points[k]))
+        mine = sorted(
+            (k for k in ours or points if k.phase == phase),
+            key=lambda k: max(p.ratio.value for p in points[k]),
+        )
         if mine:
             k = mine[-1]
             top = max(points[k], key=lambda p: p.ratio.value)
@@ -111,7 +127,11 @@ def _in_short(
             + (f"; tied with it {ties}." if ties else ".")
         )
     counts = Counter(f.verdict for f in claims)
-    out.append("Published claims: " + ", ".join(f"{counts[v]} {v}" for v in ("REPRODUCED", "CONTRADICTED", "UNTESTED")) + ".")
+    out.append(
+        "Published claims: "
+        + ", ".join(f"{counts[v]} {v}" for v in ("REPRODUCED", "CONTRADICTED", "UNTESTED"))
+        + "."
+    )
     return out
 
 
@@ -172,7 +192,9 @@ def build(
     if not points:
         missing.append("no sparse row has a dense row beside it: speedups and crossovers are left out")
     if not slow:
-        missing.append("no sparse row up to 16k tokens has stages and a dense row: the short-context stack is left out")
+        missing.append(
+            "no sparse row up to 16k tokens has stages and a dense row: the short-context stack is left out"
+        )
 
     graphs = out / "figures"
     for folder in (graphs, out / "tables"):
@@ -224,7 +246,9 @@ def build(
                 "sheets": found,
             }
         )
-    groups = [{"id": "claims", "title": "Published claims", "note": "", "sheets": [sheets.claims_sheet(checked)]}]
+    groups = [
+        {"id": "claims", "title": "Published claims", "note": "", "sheets": [sheets.claims_sheet(checked)]}
+    ]
     for path in workloads:
         try:
             decision = decide([r | {"environment_key": place} for r in for_claims], load_workload(path))

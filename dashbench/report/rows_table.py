@@ -13,7 +13,19 @@ COLUMNS = (
     "ms", "ms low", "ms high", "score", "TFLOP/s", "% of ceiling", "MiB", "status", "reason", "suite", "environment",
 )  # fmt: skip
 NUMBERS = frozenset(
-    ("context", "batch", "S asked", "S measured", "ms", "ms low", "ms high", "score", "TFLOP/s", "% of ceiling", "MiB")
+    (
+        "context",
+        "batch",
+        "S asked",
+        "S measured",
+        "ms",
+        "ms low",
+        "ms high",
+        "score",
+        "TFLOP/s",
+        "% of ceiling",
+        "MiB",
+    )
 )
 
 

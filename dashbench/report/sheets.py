@@ -154,11 +154,7 @@ def pareto_sheet(found: Pareto) -> Sheet:
 
 def volume_sheet(found: Pareto) -> Sheet:
     """Hypervolumes and their differences."""
-    rows = [
-        (m.method, _between(m.hypervolume, ".3f"))
-        for m in found.methods
-        if m.method != "dense"
-    ]
+    rows = [(m.method, _between(m.hypervolume, ".3f")) for m in found.methods if m.method != "dense"]
     rows += [(f"{a} less {b}", _between(gap, "+.3f")) for a, b, gap in found.differences]
     where = tokens(found.table.length)
     return Sheet(
@@ -207,7 +203,16 @@ def paired_sheet(found: Pareto) -> Sheet:
     return Sheet(
         f"paired-{where}",
         f"Pairs on identical documents at {where} tokens ({len(found.table.documents)} of them)",
-        ("first", "second", "difference*", "only first*", "only second*", "McNemar p*", "bootstrap p*", "verdict"),
+        (
+            "first",
+            "second",
+            "difference*",
+            "only first*",
+            "only second*",
+            "McNemar p*",
+            "bootstrap p*",
+            "verdict",
+        ),
         rows,
         "p-values are Holm-adjusted; an open pair would be settled by about so many documents, if the difference is real.",
     )
@@ -218,11 +223,28 @@ def claims_sheet(found: Sequence[Finding]) -> Sheet:
     rows = []
     for f in found:
         check = f.claim.check
-        form, unit = (".0f", " TFLOP/s") if check.kind == "rate" else (".2f", "x") if check.kind == "speedup" else ("+.3f", "")
+        form, unit = (
+            (".0f", " TFLOP/s")
+            if check.kind == "rate"
+            else (".2f", "x")
+            if check.kind == "speedup"
+            else ("+.3f", "")
+        )
         published = "" if check.kind == "frontier" else f"{check.value:g}{unit}"
         measured = "" if f.measured is None else _between(f.measured, form, unit)
         why = "; ".join(x for x in (f.setting, f.reason) if x)
-        rows.append((f.verdict, f.claim.statement, f.implementation, published, measured, why, f.claim.source, " ".join(f.rows)))
+        rows.append(
+            (
+                f.verdict,
+                f.claim.statement,
+                f.implementation,
+                published,
+                measured,
+                why,
+                f.claim.source,
+                " ".join(f.rows),
+            )
+        )
     return Sheet(
         "claims",
         "Published claims against the rows here",
@@ -238,7 +260,9 @@ def comparison_sheet(found: Sequence[Comparison]) -> Sheet:
     for c in found:
         b = c.before
         times = (f"{r['latency_ms']:.4g}" for r in (b, c.after))
-        rows.append((c.verdict, b["method"], b["phase"], tokens(b["context"]), str(b["batch"]), *times, c.reason))
+        rows.append(
+            (c.verdict, b["method"], b["phase"], tokens(b["context"]), str(b["batch"]), *times, c.reason)
+        )
     return Sheet(
         "comparison",
         "Point by point",
@@ -264,7 +288,9 @@ def decision_sheet(found: Decision) -> Sheet:
         "", "method", "attention ms a request*", *(f"{r.label}*" for r in found.workload.requests), "accuracy*",
         "GiB*", "why not",
     )  # fmt: skip
-    return Sheet(f"decision-{found.workload.name}", f"Workload {found.workload.name}", columns, rows, found.note)
+    return Sheet(
+        f"decision-{found.workload.name}", f"Workload {found.workload.name}", columns, rows, found.note
+    )
 
 
 def trouble_sheet(rows: Sequence[dict[str, Any]]) -> Sheet:
