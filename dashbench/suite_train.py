@@ -81,6 +81,10 @@ class Evaluation(Closed):
 
     lengths: list[int] = Field(min_length=1, description="context lengths, tokens")
     tokens: int = Field(default=131072, gt=0, description="tokens of rows for each task and length")
+    sweep: dict[Literal[METHODS], list[float]] = Field(
+        default_factory=dict,
+        description="values of a method's knob at which its finished checkpoint is scored once more",
+    )
 
 
 class TrainSuite(BaseModel):
@@ -126,6 +130,7 @@ class TrainSuite(BaseModel):
         if stage == "continuation":
             own = self.continuation.model_dump(mode="json", exclude={"methods", "seeds", "settings"})
             told["continuation"] = own | {"settings": self.continuation.settings.get(method, {})}
+        told["evaluation"]["sweep"] = self.evaluation.sweep.get(method) if stage == "continuation" else None
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
     def points(self) -> list[TrainPoint]:

@@ -178,7 +178,8 @@ def dash_attention(
         order above.
 
     Raises:
-        ValueError: an unknown option, or options that exclude each other.
+        ValueError: an unknown option, options that exclude each other, or shapes and dtypes that are not
+            covered; the message says which.
     """
     chosen = dash_options(preset, **options)
     if layout not in ("bhnd", "bnhd"):
@@ -190,6 +191,7 @@ def dash_attention(
         query, key, value = (x[None].transpose(1, 2) for x in (query, key, value))
     elif layout == "bnhd":
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    _check(query, key, value, summary_query, chosen)
     training = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, summary_query))
     if return_routing and training:
         raise ValueError("return_routing is for inference: use torch.no_grad()")
@@ -227,6 +229,34 @@ def dash_attention(
     wanted = ((return_active_blocks, active), (return_routing, routes), (return_info, info))
     extras = [x for asked, x in wanted if asked]
     return (out, *extras) if extras else out
+
+
+def _check(query, key, value, summary_query, options: DashOptions) -> None:
+    batch, heads, tokens, dim = query.shape
+    kv_heads = key.shape[1]
+    if key.shape != value.shape or (key.shape[0], *key.shape[2:]) != (batch, tokens, dim) or tokens == 0:
+        raise ValueError(
+            f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} must share "
+            "batch, tokens (at least one) and head dim; steps against a cache are attend_cache's"
+        )
+    if heads % kv_heads:
+        raise ValueError(f"{heads} query heads are not a multiple of {kv_heads} KV heads")
+    if dim not in (64, 128):
+        raise ValueError(f"head dim must be 64 or 128, got {dim}: pad it")
+    if options.chunk_size not in (16, 32, 64, 128):
+        raise ValueError(f"chunk size must be 16, 32, 64 or 128, got {options.chunk_size}")
+    if not 1 < options.alpha <= 2:
+        raise ValueError(f"alpha must be in (1, 2], got {options.alpha}")
+    if len({x.dtype for x in (query, key, value)}) > 1 or not query.is_floating_point():
+        raise ValueError(f"query, key and value are {query.dtype}, {key.dtype} and {value.dtype}")
+    if summary_query.dim() == 2:
+        if tuple(summary_query.shape) != (kv_heads, dim):
+            raise ValueError(f"summary_query must be {(kv_heads, dim)}, got {tuple(summary_query.shape)}")
+    elif (*summary_query.shape[:2], summary_query.shape[3]) != (batch, kv_heads, dim) or (
+        summary_query.shape[2] < tokens // options.chunk_size
+    ):
+        wanted = f"[{batch}, {kv_heads}, {tokens // options.chunk_size} or more, {dim}]"
+        raise ValueError(f"one summary query a chunk is {wanted}, got {tuple(summary_query.shape)}")
 
 
 def _check_packed(query, summary_query, left_padding, dense_below, return_routing) -> None:

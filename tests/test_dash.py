@@ -214,6 +214,26 @@ def test_options_that_are_not_covered_say_so():
         dash_attention(q, k, v, s, gamma=1.0)
     with pytest.raises(ValueError, match="unknown preset"):
         dash_attention(q, k, v, s, preset="papers")
+    for tensors, options, message in (
+        ((q[..., :32], k[..., :32], v[..., :32], s[:, :32]), {}, "head dim must be 64 or 128, got 32"),
+        ((q, k, v, s), {"chunk_size": 24}, "chunk size must be"),
+        ((q, k, v, s), {"alpha": 1.0}, r"alpha must be in \(1, 2\]"),
+        ((q[:, :3], k, v, s), {}, "3 query heads are not a multiple of 2"),
+        ((q[:, :, 19:], k, v, s), {}, "attend_cache"),
+        ((q, k, v.half() if v.dtype != torch.float16 else v.float(), s), {}, "query, key and value are"),
+        ((q, k, v, s[:1]), {}, "summary_query must be"),
+        ((q, k, v, s[None, :, None].expand(1, 2, 1, 64)), {"chunk_size": 16}, None),
+        (
+            (q, k, v, s[None, :, None].expand(1, 2, 1, 64)[:, :, :0]),
+            {"chunk_size": 16},
+            "one summary query a chunk",
+        ),
+    ):
+        if message is None:
+            dash_attention(*tensors, **options)
+            continue
+        with pytest.raises(ValueError, match=message):
+            dash_attention(*tensors, **options)
 
 
 @pytest.mark.parametrize(("mode", "sigma"), [("centered", 1e6), ("centered", 1.0), ("raw", 1e6)])

@@ -18,9 +18,8 @@ from dashbench.baselines.infllmv2 import infllmv2_attention
 from dashbench.baselines.nsa import nsa_attention
 from dashbench.kernels.reference import DashOptions
 from dashbench.kernels.reference import dash_attention as specified_dash
+from dashbench.models.attention import nsa_parameters
 
-KINDS = ("dense", "infllmv2", "nsa", "dash")
-NETWORK_WIDTH = 128
 DEFAULTS: dict[str, dict[str, Any]] = {
     "dense": {},
     "infllmv2": {"block_size": 64, "top_k": 32, "init_blocks": 1, "local_blocks": 1, "lse_mode": "exact"},
@@ -31,23 +30,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "chunk_size": 64, "scaling_factor": 1.0, "alpha": 1.5, "sigma": 1e6, "bias_mode": "centered",
     },
 }  # fmt: skip
-
-
-def add_parameters(attention: nn.Module, kind: str, kv_heads: int, head_dim: int, block_size: int) -> None:
-    """Gives a layer what a kind needs beyond the projections, on the device of its projections.
-
-    Zero summary queries make DashAttention start from mean pooling. NSA's network and gates start as
-    `nn.Linear` does, as in the code that the paper compares with.
-    """
-    device = attention.q_proj.weight.device
-    if kind == "dash":
-        attention.indexer_q = nn.Parameter(torch.zeros(kv_heads * head_dim, device=device))
-    elif kind == "nsa":
-        attention.compress_kv = nn.Module()
-        attention.compress_kv.kv_compress = nn.Sequential(
-            nn.Linear(block_size, NETWORK_WIDTH), nn.ReLU(), nn.Linear(NETWORK_WIDTH, 2)
-        ).to(device)
-        attention.gate_proj = nn.Linear(head_dim, 2).to(device)
 
 
 def attend(
@@ -78,14 +60,7 @@ def attend(
         return out, routing.active.sum(-1)
     if kind == "infllmv2":
         return infllmv2_attention(query, key, value, return_active_blocks=True, **settings)
-    network = attention.compress_kv.kv_compress
-    weights = {
-        "first": network[0].weight, "bias": network[0].bias,
-        "second": network[2].weight, "second_bias": network[2].bias,
-    }  # fmt: skip
-    gates = torch.sigmoid(
-        F.linear(query, attention.gate_proj.weight.to(query.dtype), attention.gate_proj.bias.to(query.dtype))
-    )
+    gates, weights = nsa_parameters(attention, query)
     return nsa_attention(
         query, key, value, gates, compression_weights=weights, return_active_blocks=True, **settings
     )

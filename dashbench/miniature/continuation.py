@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dashbench.miniature.attentions import DEFAULTS, add_parameters, attend, flop_sparsity
+from dashbench.miniature.attentions import DEFAULTS, attend, flop_sparsity
+from dashbench.models.attention import add_parameters
 
 ALPHA_START, ALPHA_END = 1.25, 1.5
 """DashAttention's entmax order grows over the continuation, from denser to sparser routing."""
@@ -24,7 +25,8 @@ def swap_attention(model: nn.Module, kind: str, settings: dict[str, Any] | None 
         attention = layer.self_attn
         if not hasattr(attention, "indexer_q") and not hasattr(attention, "compress_kv"):
             block_size = chosen.get("block_size", chosen.get("chunk_size", 64))
-            add_parameters(attention, kind, model.shape.num_key_value_heads, model.shape.head_dim, block_size)
+            sizes = model.shape.num_key_value_heads, model.shape.head_dim, block_size
+            add_parameters(attention, kind, *sizes, device=attention.q_proj.weight.device)
         attention.core = _core(attention, kind, chosen)
     return chosen
 

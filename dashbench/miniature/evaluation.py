@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dashbench.models.kinds import KNOBS
 from dashbench.miniature.continuation import sparsity_by_layer
 from dashbench.miniature.pieces import Pieces
 from dashbench.miniature.rows import KINDS, Batch, draw_rows, mix
@@ -73,3 +74,29 @@ def evaluate(
                         questions[f"{kind}/{form}@{length}"] = int(asked)
             sparsity[str(length)] = [sum(column) / len(column) for column in zip(*seen, strict=True)]
     return {"exact_match": exact, "questions": questions, "s_by_layer": sparsity}
+
+
+def sweep(
+    model: nn.Module,
+    pieces: Pieces,
+    lengths: list[int],
+    tokens: int,
+    method: str,
+    settings: dict[str, Any],
+    values: list[float],
+) -> list[dict[str, Any]]:
+    """`evaluate` at several values of a method's knob, on the same rows; the settings are put back after it.
+
+    Returns:
+        One dict a value: the value, and what `evaluate` returns.
+    """
+    knob = KNOBS[method]
+    trained = settings[knob]
+    found = []
+    try:
+        for value in values:
+            settings[knob] = type(trained)(value)
+            found.append({"value": value, **evaluate(model, pieces, lengths, tokens, settings)})
+    finally:
+        settings[knob] = trained
+    return found

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 
 from dashbench.miniature.checkpoints import load_checkpoint, save_checkpoint
 from dashbench.miniature.continuation import alpha_at, summary_query_gradient, swap_attention
-from dashbench.miniature.evaluation import evaluate
+from dashbench.miniature.evaluation import evaluate, sweep
 from dashbench.miniature.llama import Llama
 from dashbench.miniature.pieces import Pieces, corpus, make_pieces
 from dashbench.miniature.rows import mix
@@ -259,5 +259,17 @@ def train_continuation(spec: Any, method: str, seed: int, base: Path, folder: Pa
                 "grad_norm": found["grad_norm"],
             },
         }
+        if number == REPORTS and method in spec.evaluation.sweep:
+            meter.stop()
+            fields["notes"]["sweep"] = sweep(
+                model,
+                held_out,
+                spec.evaluation.lengths,
+                spec.evaluation.tokens,
+                method,
+                settings,
+                spec.evaluation.sweep[method],
+            )
+            meter.start()
         if not meter.report(number, fields):
             return
