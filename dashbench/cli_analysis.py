@@ -83,7 +83,7 @@ def pareto(
     environment: Environment = None,
     out: Figures = None,
 ) -> None:
-    """Show accuracy against sparsity, latency, memory or FLOPs: who is on the frontier, and how sure that is."""
+    """Show accuracy against sparsity, latency, memory or FLOPs: who is on the frontier, how sure that is."""
     from dashbench.readouts import print_pareto
 
     lengths = [_tokens("--length", text) for text in length] if length else None
@@ -148,7 +148,7 @@ def compare(
         str | None, typer.Option(help="`slower`: exit code 1 if any point is", metavar="slower")
     ] = None,
 ) -> None:
-    """Compare two stores, or two commits in one, point by point: FASTER, SLOWER, SAME or AMBIGUOUS, and why."""
+    """Compare two stores, or two commits in one, by point: FASTER, SLOWER, SAME or AMBIGUOUS, and why."""
     from dashbench.readouts import print_comparison
 
     if fail_on not in (None, "slower"):
@@ -204,8 +204,8 @@ def report(
     ] = None,
     environment: Environment = None,
 ) -> None:
-    """Write one page with everything STORE says, its figures as PNG, SVG and PDF, its tables as CSV, Markdown and
-    LaTeX."""
+    """Write one page with everything STORE says, its figures as PNG, SVG and PDF, its tables as CSV,
+    Markdown and LaTeX."""
     from dashbench.report.build import build
 
     with _sentences():

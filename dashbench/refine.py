@@ -1,4 +1,4 @@
-"""More lengths where a crossover is: a suite like another, with contexts inside the intervals found so far."""
+"""More lengths where a crossover is: a suite like another, with contexts inside the intervals found."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def accuracy_row(method, target, measured, score, document, task="niah_single_1"
 
 
 def study(documents=80, tasks=("niah_single_1", "niah_multikey_1"), lengths=(4096,), seed=0, plan=STUDY):
-    """Rows of a whole study; a document's difficulty is the same for every configuration, as it is in truth."""
+    """Rows of a whole study; a document's difficulty is the same for every configuration, as in truth."""
     random = np.random.default_rng(seed)
     rows = []
     for length in lengths:

@@ -195,9 +195,11 @@ class PairedTest:
         difference: mean score of the first minus that of the second, 95 % paired bootstrap interval.
         only_first, only_second: documents that one answers (score of at least a half) and the other does not.
         mcnemar: exact p-value on those, Holm-adjusted over all pairs tested together.
-        bootstrap: two-sided p-value of the difference by the bootstrap's standard error, Holm-adjusted likewise.
+        bootstrap: two-sided p-value of the difference by the bootstrap's standard error, Holm-adjusted
+            likewise.
         documents: how many there are.
-        needed: documents with which a difference of this size would be settled (80 % power, 5 % level, corrected for the number of pairs);
+        needed: documents with which a difference of this size would be settled (80 % power, 5 % level,
+            corrected for the number of pairs);
             None if the difference is settled already, or is exactly zero.
     """
 

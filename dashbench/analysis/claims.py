@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from dashbench.analysis.accuracy import accuracy_rows, difference_draws, around, scores, task_mean
+from dashbench.analysis.accuracy import accuracy_rows, around, difference_draws, scores, task_mean
 from dashbench.analysis.joining import SPARSITY_SLACK
 from dashbench.analysis.pareto import pareto
 from dashbench.analysis.points import (
@@ -229,7 +229,7 @@ def _frontier(claim: Claim, who: str, names: list[str], rows: list[dict[str, Any
         return []
     found = []
     for result in pareto(mine):
-        for first, second, gap in result.differences:
+        for first, _, gap in result.differences:
             if first != check.method:
                 gap = Interval(-gap.value, -gap.high, -gap.low)
             verdict, why = _judge(gap, 0.0)

@@ -299,7 +299,8 @@ def decide(rows: Iterable[dict[str, Any]], workload: Workload, environment: str 
     samples = accuracy_rows(rows)
     if not samples and (workload.accuracy_floor is not None or workload.accuracy_loss is not None):
         raise AnalysisError(
-            "an accuracy was asked for and there are no accuracy rows here; leave it out to decide by time alone"
+            "an accuracy was asked for and there are no accuracy rows here; leave it out to decide by time "
+            "alone"
         )
     accuracies = _accuracies(one_environment(samples, environment), workload) if samples else {}
     times = _Times(timed, workload)

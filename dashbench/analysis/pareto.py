@@ -1,4 +1,4 @@
-"""Accuracy against a cost: which configurations are worth having, how sure that is, and what can be read off."""
+"""Accuracy against a cost: which configurations are worth having, how sure that is, and what follows."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class MethodFrontier:
         method: name.
         grid: `[G]` costs.
         low, middle, high: `[G]` accuracy attained by 97.5, 50 and 2.5 % of the draws; −inf where fewer do.
-        hypervolume: share of the rectangle from the reference point to (no cost, all right) that is dominated.
+        hypervolume: share of the rectangle from the reference point to (no cost, all right) it dominates.
     """
 
     method: str
@@ -281,7 +281,8 @@ def _one_length(axis: Axis, table: Scores, kernels: KernelCosts | None, seed: in
     readouts = _read_off(axis, kept, np.vstack([costs, cost_draws]), np.vstack([values, accuracy]))
     note = ""
     if axis in ("latency", "memory") and kernels is not None:
-        note = f"{axis} of {kernels.phase}, batch {kernels.batch}, {' cache, '.join(kernels.way)}, from kernel rows"
+        way = " cache, ".join(kernels.way)
+        note = f"{axis} of {kernels.phase}, batch {kernels.batch}, {way}, from kernel rows"
     return Pareto(axis, table, points, methods, differences, readouts, tests, left_out, note)
 
 
@@ -307,7 +308,7 @@ def pareto(
         seed: of the resampling.
 
     Raises:
-        AnalysisError: no accuracy rows, rows of several environments, or no kernel rows where they are needed.
+        AnalysisError: no accuracy rows, rows of several environments, or no kernel rows where they matter.
     """
     rows = list(rows)
     samples = [r for r in rows if r.get("kind") == "accuracy" and r["status"] == "ok"]

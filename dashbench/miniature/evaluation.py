@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from dashbench.models.kinds import KNOBS
 from dashbench.miniature.continuation import sparsity_by_layer
 from dashbench.miniature.pieces import Pieces
 from dashbench.miniature.rows import KINDS, Batch, draw_rows, mix
 from dashbench.miniature.steps import batch_loss
+from dashbench.models.kinds import KNOBS
 
 FORMS = {"needles": 1.0, "noise": 0.0}
 TOKENS_AT_ONCE = 65536

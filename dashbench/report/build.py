@@ -49,7 +49,8 @@ def _environment_sheet(rows: list[dict[str, Any]]) -> Sheet:
             (
                 key, str(e.get("device") or ""), str(e.get("driver") or ""), str(e.get("cuda") or ""),
                 str(e.get("torch") or ""), str(e.get("triton") or ""), packages,
-                ", ".join(f"{k} {v:.4g}" for k, v in sorted(ceilings.items())), ", ".join(commits), str(len(mine)),
+                ", ".join(f"{k} {v:.4g}" for k, v in sorted(ceilings.items())), ", ".join(commits),
+                str(len(mine)),
             )
         )  # fmt: skip
     columns = (
@@ -107,15 +108,18 @@ def _in_short(
             k = mine[-1]
             top = max(points[k], key=lambda p: p.ratio.value)
             out.append(
-                f"{phase}: {k.method} at {sheets.percent(k.sparsity_target)} sparsity is {top.ratio.value:.2f} times "
-                f"[{top.ratio.low:.2f}, {top.ratio.high:.2f}] as fast as the best dense attention at "
-                f"{sheets.tokens(top.row['context'])} tokens, batch {k.batch}; {sheets.crossover_sentence(found[k])}."
+                f"{phase}: {k.method} at {sheets.percent(k.sparsity_target)} sparsity is "
+                f"{top.ratio.value:.2f} times ["
+                f"{top.ratio.low:.2f}, {top.ratio.high:.2f}] as fast as the best dense attention at "
+                f"{sheets.tokens(top.row['context'])} tokens, batch {k.batch}; "
+                f"{sheets.crossover_sentence(found[k])}."
             )
     worst = max((o for o in slow if o.row["launch"] == "graph"), key=lambda o: o.ratio.value, default=None)
     if worst:
         part = max(worst.parts, key=lambda p: worst.parts[p])
         out.append(
-            f"Short contexts: at worst {worst.ratio.value:.1f} times the time of dense ({worst.row['method']} "
+            f"Short contexts: at worst {worst.ratio.value:.1f} times the time of dense "
+            f"({worst.row['method']} "
             f"{sheets.percent(worst.row['sparsity_target'])}, {worst.row['phase']}, "
             f"{sheets.tokens(worst.row['context'])} tokens), most of it {part}."
         )
@@ -123,8 +127,8 @@ def _in_short(
         on = ", ".join(x.configuration.label for x in p.points if x.mark == "on")
         ties = ", ".join(x.configuration.label for x in p.points if x.mark == "tie")
         out.append(
-            f"Accuracy against sparsity at {sheets.tokens(p.table.length)} tokens: on the frontier {on or 'nobody for sure'}"
-            + (f"; tied with it {ties}." if ties else ".")
+            f"Accuracy against sparsity at {sheets.tokens(p.table.length)} tokens: on the frontier "
+            f"{on or 'nobody for sure'}" + (f"; tied with it {ties}." if ties else ".")
         )
     counts = Counter(f.verdict for f in claims)
     out.append(
@@ -242,7 +246,7 @@ def build(
         sections.append(
             {
                 "chart": charts.pareto_chart(fronts),
-                "note": "Filled points are on the frontier in 95 % of bootstrap draws, open ones are ties or off it.",
+                "note": "Filled points are on the frontier in 95 % of bootstrap draws, open ones are not.",
                 "sheets": found,
             }
         )
@@ -263,8 +267,18 @@ def build(
             }
         )  # fmt: skip
     groups += [
-        {"id": "skipped", "title": "Skipped or failed, and left out", "note": " ".join(f"{m[0].upper()}{m[1:]}." for m in missing), "sheets": [sheets.trouble_sheet(rows)]},
-        {"id": "environments", "title": "Environments", "note": f"Claims, decisions and costs are of environment {place}.", "sheets": [_environment_sheet(rows)]},
+        {
+            "id": "skipped",
+            "title": "Skipped or failed, and left out",
+            "note": " ".join(f"{m[0].upper()}{m[1:]}." for m in missing),
+            "sheets": [sheets.trouble_sheet(rows)],
+        },
+        {
+            "id": "environments",
+            "title": "Environments",
+            "note": f"Claims, decisions and costs are of environment {place}.",
+            "sheets": [_environment_sheet(rows)],
+        },
     ]  # fmt: skip
     _write_tables([s for part in (*sections, *groups) for s in part["sheets"]], out / "tables")
 

@@ -27,8 +27,8 @@ def _panel(where: Line, several: bool) -> str:
 
 def _panel_order(where: Line) -> tuple[Any, ...]:
     return (
-        where.environment, where.phase != "prefill", where.phase, where.cache != "cold", where.launch != "graph",
-        where.routing != "topics", where.routing, where.batch,
+        where.environment, where.phase != "prefill", where.phase, where.cache != "cold",
+        where.launch != "graph", where.routing != "topics", where.routing, where.batch,
     )  # fmt: skip
 
 

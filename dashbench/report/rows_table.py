@@ -9,8 +9,9 @@ from dashbench.analysis.points import routing_name
 from dashbench.report.charts import rounded
 
 COLUMNS = (
-    "kind", "method", "phase", "task", "context", "batch", "cache", "launch", "routing", "S asked", "S measured",
-    "ms", "ms low", "ms high", "score", "TFLOP/s", "% of ceiling", "MiB", "status", "reason", "suite", "environment",
+    "kind", "method", "phase", "task", "context", "batch", "cache", "launch", "routing", "S asked",
+    "S measured", "ms", "ms low", "ms high", "score", "TFLOP/s", "% of ceiling", "MiB", "status", "reason",
+    "suite", "environment",
 )  # fmt: skip
 NUMBERS = frozenset(
     (

@@ -116,7 +116,7 @@ def overhead_sheet(found: Sequence[Overhead]) -> Sheet:
             )
         )  # fmt: skip
     scaled = sum(o.scaled < 0.95 for o in found)
-    note = "Fusing saves at most what is between stages and the launches; no kernel saves more than the last column."
+    note = "Fusing saves at most what is between stages and the launches; no kernel saves more than that."
     if scaled:
         note += f" In {scaled} rows the stages alone took over 5 % more than the whole and are scaled to fit."
     columns = (
@@ -195,8 +195,8 @@ def paired_sheet(found: Pareto) -> Sheet:
         verdict = "settled" if t.settled else "open" if t.needed is None else f"open: {t.needed} documents"
         rows.append(
             (
-                t.first.label, t.second.label, _between(t.difference, "+.3f"), str(t.only_first), str(t.only_second),
-                _p(t.mcnemar), _p(t.bootstrap), verdict,
+                t.first.label, t.second.label, _between(t.difference, "+.3f"), str(t.only_first),
+                str(t.only_second), _p(t.mcnemar), _p(t.bootstrap), verdict,
             )
         )  # fmt: skip
     where = tokens(found.table.length)
@@ -214,7 +214,8 @@ def paired_sheet(found: Pareto) -> Sheet:
             "verdict",
         ),
         rows,
-        "p-values are Holm-adjusted; an open pair would be settled by about so many documents, if the difference is real.",
+        "p-values are Holm-adjusted; an open pair would be settled by about so many documents, if the "
+        "difference is real.",
     )
 
 
@@ -250,7 +251,8 @@ def claims_sheet(found: Sequence[Finding]) -> Sheet:
         "Published claims against the rows here",
         ("verdict", "claim", "whose", "published*", "here*", "at", "source", "rows"),
         rows,
-        "REPRODUCED and CONTRADICTED need the whole 95 % interval on one side of the published value less its tolerance.",
+        "REPRODUCED and CONTRADICTED need the whole 95 % interval on one side of the published value less "
+        "its tolerance.",
     )
 
 
@@ -279,14 +281,14 @@ def decision_sheet(found: Decision) -> Sheet:
         rows.append(
             (
                 place or "no", c.label, "" if c.ms is None else _between(c.ms, ".1f"),
-                *((f"{ms:.1f}" for ms in c.by_request) if c.by_request else ("" for _ in found.workload.requests)),
+                *([f"{ms:.1f}" for ms in c.by_request] or [""] * len(found.workload.requests)),
                 "" if c.accuracy is None else f"{c.accuracy:.3f}",
                 "" if c.memory_gib is None else f"{c.memory_gib:.1f}", c.obstacle,
             )
         )  # fmt: skip
     columns = (
-        "", "method", "attention ms a request*", *(f"{r.label}*" for r in found.workload.requests), "accuracy*",
-        "GiB*", "why not",
+        "", "method", "attention ms a request*", *(f"{r.label}*" for r in found.workload.requests),
+        "accuracy*", "GiB*", "why not",
     )  # fmt: skip
     return Sheet(
         f"decision-{found.workload.name}", f"Workload {found.workload.name}", columns, rows, found.note
