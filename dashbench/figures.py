@@ -214,11 +214,14 @@ def save(figure: Any, path: Path, title: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # No dates or versions in the file: the same rows give the same bytes.
     metadata = {".png": {"Software": None}, ".svg": {"Date": None}}.get(path.suffix, {"CreationDate": None})
-    figure.savefig(path, dpi=160, metadata=metadata, bbox_inches="tight")
+    with plt.rc_context(WRITING):
+        figure.savefig(path, dpi=160, metadata=metadata, bbox_inches="tight")
     plt.close(figure)
 
 
-STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "dashbench"}
+STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+# Read when a figure is written, not when it is drawn: ids that do not change, fonts as print needs them.
+WRITING = {"svg.hashsalt": "dashbench", "svg.fonttype": "path", "pdf.fonttype": 42}
 
 
 def draw_lines(

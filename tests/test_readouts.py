@@ -31,11 +31,11 @@ def changed(tmp_path):
 
 
 def test_crossover_reads_the_committed_rows():
-    done = dashbench("crossover", H200)
+    done = dashbench("crossover", H200 / "prefill.jsonl")
     assert done.exit_code == 0
     lines = [line for line in done.stdout.splitlines() if "dash" in line]
     assert len(lines) == 9
-    assert any("75 %" in line and "ahead from" in line and "at 128k" in line for line in lines)
+    assert any("75 %" in line and "ahead from" in line and "x [" in line for line in lines)
     assert any("uniform" in line and "never within range" in line for line in lines)
 
 

@@ -43,8 +43,6 @@ def column() -> Iterator[Any]:
             "axes.linewidth": 0.6,
             "xtick.major.width": 0.6,
             "ytick.major.width": 0.6,
-            "pdf.fonttype": 42,
-            "svg.fonttype": "path",
         }
     ):
         yield plt

@@ -1,0 +1,150 @@
+"""Frontiers, their uncertainty and paired tests: against brute force, a library, and simulation."""
+
+import itertools
+import json
+
+import moocore
+import numpy as np
+import pytest
+from accuracy_rows import accuracy_row, study
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from typer.testing import CliRunner
+
+from dashbench.analysis.accuracy import paired_tests, samples_needed, scores
+from dashbench.analysis.frontier import attainment, hypervolume, nondominated
+from dashbench.analysis.pareto import pareto
+from dashbench.analysis.points import AnalysisError
+from dashbench.analysis.statistics import holm
+from dashbench.cli import app
+
+POINTS = arrays(
+    float, st.tuples(st.integers(1, 9), st.just(2)), elements=st.integers(0, 6).map(lambda i: i / 6)
+)
+
+
+def brute_force(points):
+    """A point is on the frontier unless another is no worse in both and better in one."""
+    return [
+        not any((o[0] <= p[0] and o[1] >= p[1]) and (o[0] < p[0] or o[1] > p[1]) for o in points)
+        for p in points
+    ]
+
+
+@given(POINTS)
+def test_the_frontier_equals_brute_force(points):
+    assert nondominated(points[:, 0], points[:, 1]).tolist() == brute_force(points.tolist())
+
+
+@given(POINTS, st.randoms(use_true_random=False))
+def test_the_frontier_does_not_depend_on_the_order(points, random):
+    order = list(range(len(points)))
+    random.shuffle(order)
+    shuffled = points[order]
+    whole = nondominated(points[:, 0], points[:, 1])
+    assert nondominated(shuffled[:, 0], shuffled[:, 1]).tolist() == whole[order].tolist()
+    area = hypervolume(points[:, 0], points[:, 1], (1.2, -0.2))
+    assert hypervolume(shuffled[:, 0], shuffled[:, 1], (1.2, -0.2)) == pytest.approx(area, abs=1e-12)
+
+
+@given(POINTS, st.tuples(st.floats(0, 1), st.floats(0, 1)))
+def test_the_hypervolume_equals_moocores_and_only_grows(points, more):
+    area = float(hypervolume(points[:, 0], points[:, 1], (1.1, -0.1)))
+    library = moocore.hypervolume(np.column_stack([points[:, 0], -points[:, 1]]), ref=[1.1, 0.1])
+    assert area == pytest.approx(float(library), abs=1e-9)
+    larger = np.vstack([points, more])
+    assert hypervolume(larger[:, 0], larger[:, 1], (1.1, -0.1)) >= area - 1e-12
+
+
+def test_the_median_attainment_is_what_half_of_the_draws_reach():
+    cost = np.array([[1.0, 2.0], [1.0, 2.0], [1.5, 2.0], [3.0, 3.0]])
+    quality = np.array([[0.5, 0.9], [0.6, 0.7], [0.8, 0.8], [1.0, 1.0]])
+    reached = attainment(cost, quality, [0.5, 1.0, 2.0, 3.0], [0.5, 1.0])
+    assert reached[0].tolist() == [-np.inf, 0.5, 0.8, 0.9]
+    assert reached[1].tolist() == [-np.inf, -np.inf, -np.inf, 0.7]
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
+def test_holm_never_lowers_a_p_value_and_keeps_their_order(values):
+    adjusted = holm(values)
+    assert all(a >= v - 1e-15 and a <= 1 for a, v in zip(adjusted, values, strict=True))
+    for (v1, a1), (v2, a2) in itertools.combinations(zip(values, adjusted, strict=True), 2):
+        assert v1 == v2 or (a1 - a2) * (v1 - v2) >= 0
+
+
+def test_intervals_of_accuracy_cover_the_truth_about_nineteen_times_in_twenty():
+    """Simulated studies of 60 documents a task: the interval of the mean against the chance it was drawn with."""
+    chance, hits, studies = 0.7, 0, 150
+    for seed in range(studies):
+        plan = {"dash": [(0.75, 0.75, chance)], "dense": [(None, 0.0, 0.9)]}
+        found = pareto(study(60, seed=seed, plan=plan))[0]
+        point = next(p for p in found.points if p.configuration.method == "dash")
+        hits += point.accuracy.low <= chance <= point.accuracy.high
+    assert 0.90 <= hits / studies <= 0.99
+
+
+def test_who_is_on_the_frontier_and_how_sure_that_is():
+    found = pareto(study(300))[0]
+    by = {(p.configuration.method, p.configuration.asked): p for p in found.points}
+    marks = {key: p.mark for key, p in by.items()}
+    assert all(mark == "off" for (method, _), mark in marks.items() if method == "nsa")
+    assert sum(mark != "off" for (method, _), mark in marks.items() if method == "dash") >= 3
+    for point in found.points:
+        expected = "on" if point.probability >= 0.95 else "off" if point.probability <= 0.05 else "tie"
+        assert point.mark == expected
+        assert point.accuracy.low <= point.accuracy.value <= point.accuracy.high
+    volumes = {m.method: m.hypervolume.value for m in found.methods}
+    assert volumes["dash"] > volumes["infllmv2"] > volumes["nsa"]
+    again = pareto(list(reversed(study(300))))[0]
+    assert {p.configuration: p.mark for p in again.points} == {p.configuration: p.mark for p in found.points}
+
+
+def test_paired_tests_use_the_same_documents():
+    """Two methods that differ on few documents are told apart although their own intervals overlap widely."""
+    rows = []
+    for document in range(200):
+        hard = document % 2
+        rows.append(accuracy_row("dash", 0.75, 0.75, not hard or document < 16, document, task="t"))
+        rows.append(accuracy_row("nsa", 0.75, 0.75, not hard, document, task="t"))
+    table = scores(rows)[0]
+    test = paired_tests(table, [(0, 1)])[0]
+    assert (test.only_first, test.only_second) in ((8, 0), (0, 8)) and test.documents == 200
+    assert test.mcnemar == pytest.approx(2 * 0.5**8)
+    assert test.settled and test.needed is None
+    alike = paired_tests(scores(study(20, tasks=("t",)))[0], [(0, 1)])[0]
+    assert not alike.settled
+
+
+@settings(deadline=None)
+@given(st.floats(0.02, 0.5), st.integers(40, 200))
+def test_half_the_difference_takes_four_times_the_documents(share, count):
+    ones = max(1, round(share * count))
+    values = np.r_[np.ones(ones), np.zeros(count - ones)]
+    whole, half = samples_needed(values), samples_needed(values - values.mean() / 2)
+    assert half == pytest.approx(4 * whole, rel=0.05, abs=4)
+
+
+def test_stores_with_nothing_to_compare_say_so(tmp_path):
+    def says(rows, *words):
+        path = tmp_path / "rows.jsonl"
+        path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+        done = CliRunner().invoke(app, ["pareto", str(path), *words])
+        return done.exit_code, done.output
+
+    code, text = says(study(10))
+    assert code == 0 and "dash" in text
+    kernel = {
+        "row_version": 1,
+        "key": "0" * 16,
+        "environment_key": "e",
+        "kind": "kernel",
+        "status": "skipped",
+    }
+    code, text = says([kernel])
+    assert code == 2 and "no accuracy rows here" in text
+    code, text = says(study(10), "--x", "latency")
+    assert code == 2 and "needs both kinds" in text
+    two = study(5) + [{**r, "environment_key": "other", "key": r["key"][::-1]} for r in study(5)]
+    with pytest.raises(AnalysisError, match="environment"):
+        pareto(two)

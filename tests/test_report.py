@@ -1,0 +1,126 @@
+"""The report page: the same bytes from the same rows, complete without a network, and alive in a browser."""
+
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from accuracy_rows import study
+from typer.testing import CliRunner
+
+from dashbench.cli import app
+
+H200 = Path(__file__).parent.parent / "results" / "nvidia-h200"
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """Some committed kernel rows and a made-up study of accuracy."""
+    folder = tmp_path_factory.mktemp("rows")
+    kept = []
+    for name in ("prefill", "decode"):
+        for line in (H200 / f"{name}.jsonl").read_text().splitlines():
+            row = json.loads(line)
+            if (
+                row["routing"] == "topics"
+                and not row["routing_options"]
+                and row["context"] in (4096, 16384, 65536)
+            ):
+                kept.append(row)
+    accuracy = [r | {"environment_key": kept[0]["environment_key"]} for r in study(30, lengths=(4096, 16384))]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in kept + accuracy))
+    return folder
+
+
+def build(rows, out):
+    done = CliRunner().invoke(app, ["report", str(rows), "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+@pytest.fixture(scope="module")
+def page(rows, tmp_path_factory):
+    out = tmp_path_factory.mktemp("report")
+    build(rows, out)
+    return out
+
+
+def digests(folder):
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(folder.rglob("*")) if p.is_file()
+    }  # fmt: skip
+
+
+def test_the_same_rows_give_the_same_bytes(rows, page, tmp_path):
+    build(rows, tmp_path)
+    assert digests(tmp_path) == digests(page)
+
+
+def test_the_page_needs_no_network_and_holds_everything(page):
+    text = (page / "index.html").read_text()
+    assert len(text) < 5_000_000
+    outside = re.findall(r"""(?:src|href)=["'](?:https?:)?//[^"']+""", text)
+    assert not outside and "@import" not in text
+    for words in ("Speedup over the best dense", "Accuracy", "Published claims", "Environments", "All rows"):
+        assert words in text, words
+    names = {p.suffix for p in (page / "figures").iterdir()}
+    assert names == {".png", ".svg", ".pdf"}
+    assert {p.suffix for p in (page / "tables").iterdir()} == {".csv", ".md", ".tex"}
+
+
+def test_a_store_without_rows_is_one_sentence(tmp_path):
+    done = CliRunner().invoke(app, ["report", str(tmp_path), "--out", str(tmp_path / "out")])
+    assert done.exit_code == 2 and "no rows here" in done.output
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH")
+@pytest.mark.parametrize("width", [1200, 390], ids=["desk", "phone"])
+def test_the_page_renders_in_a_browser(page, tmp_path, width):
+    """Tables sort and filter, figures switch, nothing is wider than the window, the console stays silent."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        tab = browser.new_page(viewport={"width": width, "height": 900}, offline=True)
+        problems, requests = [], []
+        tab.on("console", lambda m: problems.append(m.text) if m.type in ("error", "warning") else None)
+        tab.on("pageerror", lambda e: problems.append(str(e)))
+        tab.on("request", lambda r: requests.append(r.url))
+        tab.goto((page / "index.html").as_uri())
+        assert not problems and all(url.startswith(("file:", "data:")) for url in requests)
+        assert tab.locator("h1").inner_text().startswith("dashbench")
+        assert tab.evaluate("document.documentElement.scrollWidth <= window.innerWidth + 1")
+        field = tab.locator("input[placeholder=filter]").first
+        table = tab.locator("table").first
+        before = table.locator("tbody tr:visible").count()
+        field.fill("prefill")
+        assert 0 < table.locator("tbody tr:visible").count() < before
+        field.fill("")
+        first = table.locator("tbody tr:visible").first.inner_text()
+        head = table.locator("thead th").nth(1)
+        head.click()
+        head.click()
+        assert table.locator("tbody tr:visible").first.inner_text() != first or before < 2
+        assert tab.locator("svg").first.is_visible()
+        choice = tab.locator("select").first
+        if choice.locator("option").count() > 1:
+            drawn = tab.locator("svg").first.inner_html()
+            choice.select_option(index=1)
+            assert tab.locator("svg").first.inner_html() != drawn
+        tab.screenshot(path=str(tmp_path / f"report-{width}.png"), full_page=False)
+        browser.close()
+    assert (tmp_path / f"report-{width}.png").stat().st_size > 5000
+
+
+def test_chromium_if_there_agrees_that_the_page_is_html(page):
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on the PATH")
+    url = (page / "index.html").as_uri()
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", url]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert "<h1" in done.stdout and "dash 75 %" in done.stdout
