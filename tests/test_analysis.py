@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from kernel_rows import noisy, row
 
 from dashbench.analysis.compare import compare
 from dashbench.analysis.speedup import crossovers, speedups
@@ -16,31 +17,6 @@ from dashbench.analysis.statistics import (
     ratio_of_rows,
     resampled_medians,
 )
-
-
-def row(method, context, samples, **more):
-    base = {
-        "key": f"{method}/{context}",
-        "status": "ok",
-        "environment_key": "e",
-        "method": method,
-        "phase": "prefill",
-        "context": context,
-        "batch": 1,
-        "shape": {"name": "s"},
-        "dtype": "bfloat16",
-        "routing": "topics",
-        "cache": "cold",
-        "launch": "graph",
-        "sparsity_target": None if method.startswith(("fa3", "dense")) else 0.75,
-        "latency_ms": float(np.median(samples)),
-        "samples": list(samples),
-    }
-    return {**base, **more}
-
-
-def noisy(rng, centre, count=30, spread=0.01):
-    return centre * (1 + spread * rng.standard_normal(count))
 
 
 def test_interval_of_a_ratio_covers_the_truth_about_as_often_as_it_says():

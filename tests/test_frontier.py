@@ -74,7 +74,7 @@ def test_holm_never_lowers_a_p_value_and_keeps_their_order(values):
 
 
 def test_intervals_of_accuracy_cover_the_truth_about_nineteen_times_in_twenty():
-    """Simulated studies of 60 documents a task: the interval of the mean against the chance it was drawn with."""
+    """Simulated studies of 60 documents a task: intervals of the mean against the chance behind the draws."""
     chance, hits, studies = 0.7, 0, 150
     for seed in range(studies):
         plan = {"dash": [(0.75, 0.75, chance)], "dense": [(None, 0.0, 0.9)]}
