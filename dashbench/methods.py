@@ -118,7 +118,7 @@ BUILT_IN: tuple[Method, ...] = (
         knob="scaling_factor",
         knob_kind="bisect",
         min_capability=(8, 0),
-        tested="torch 2.11 on an H200 (prefill), Triton's interpreter (decode, train)",
+        tested="torch 2.11 and triton 3.6 on an H200, Triton's interpreter",
         family="dash",
     ),
     Method(

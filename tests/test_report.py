@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from dashbench.cli import app
 
 H200 = Path(__file__).parent.parent / "results" / "nvidia-h200"
+WORKLOAD = H200.parent.parent / "suites" / "workloads" / "chat.yaml"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
@@ -59,6 +60,19 @@ def digests(folder):
 def test_the_same_rows_give_the_same_bytes(rows, page, tmp_path):
     build(rows, tmp_path)
     assert digests(tmp_path) == digests(page)
+
+
+def test_the_committed_report_is_what_the_committed_rows_say(tmp_path, monkeypatch):
+    """Its tables, byte for byte: they do not depend on the version of matplotlib as figures do."""
+    for draw in ("draw_speedups", "draw_overheads", "draw_frontiers"):
+        monkeypatch.setattr(f"dashbench.report.build.{draw}", lambda *_: None)
+    command = ["report", str(H200), "--out", str(tmp_path), "--workload", str(WORKLOAD)]
+    assert CliRunner().invoke(app, command).exit_code == 0
+    made, kept = (
+        {p.name: p.read_text() for p in (folder / "tables").iterdir()}
+        for folder in (tmp_path, H200 / "report")
+    )
+    assert made == kept, "draw it again with the command in the README"
 
 
 def test_the_page_needs_no_network_and_holds_everything(page):
