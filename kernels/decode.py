@@ -98,6 +98,9 @@ ROUTE_TILE = 4096
 BALANCED_GROUPS = 256
 """Groups (sequences x new tokens x KV heads) whose counts every program of a balanced step reads."""
 
+JOINED = 64
+"""Splits that a program of a balanced combine joins at a time."""
+
 STEP_SCORES = 1 << 26
 """Routing scores (fp32) that one step of `attend_cache` may keep: 256 MiB."""
 
@@ -181,7 +184,7 @@ class DecodeStep:
         if launch is None:
             setting = setting_of(query, kv_heads, options.chunk_size, cache.capacity)
             launch = DecodeLaunch(**choose("decode", setting))
-        self.query, self.cache, self.options, self.launch, self.new = query, cache, options, launch, new
+        self.query, self.cache, self.options, self.new = query, cache, options, new
         self.chunks = triton.cdiv(cache.capacity, options.chunk_size)
         self.group = query_heads // kv_heads
         if workspace is None:
@@ -195,6 +198,7 @@ class DecodeStep:
             shape = batch, new_tokens, query_heads, kv_heads, head_dim
             workspace = DecodeWorkspace(*shape, self.chunks, splits, query.device, balanced)
         self.workspace = workspace
+        self.launch = replace(launch, balanced=workspace.balanced)
         self.output = torch.empty_like(query) if output is None else output
         self.rows = batch * new_tokens
         self.kv_heads, self.new_tokens, self.head_dim = kv_heads, new_tokens, head_dim
@@ -255,6 +259,8 @@ class DecodeStep:
             kernel, groups = attend_balanced_kernel, (self.kv_heads, self.rows * self.kv_heads)
             grid = (space.splits + (groups[1] if self.new else 0),)
             common["GROUPS"] = _groups(groups[1])
+            if _block(self.options) == 64:
+                common["maxnreg"] = 168  # of three programs a multiprocessor; without spills
         kernel[grid](
             self.query, cache.key, cache.value,
             space.lists, space.lists if cache.page_table is None else space.places,
@@ -280,7 +286,7 @@ class DecodeStep:
                 space.partial_output, space.partial_statistics, space.counts, self.output,
                 _strides(self.output), self.new_tokens, groups, space.splits,
                 G=self.group, D=self.head_dim, CHUNKS=_block(self.options) // self.options.chunk_size,
-                GROUPS=_groups(groups), SPLITS=64, WIDTH=width, STAGES=3, num_warps=4, **common,
+                GROUPS=_groups(groups), SPLITS=JOINED, WIDTH=width, STAGES=3, num_warps=4, **common,
             )  # fmt: skip
             return self.output
         combine_kernel[grid](
