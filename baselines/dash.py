@@ -3,7 +3,8 @@ gradients.
 
 Paper: https://arxiv.org/abs/2605.18753. Parameters (`prepare`) as in `dash_reference`: scaling_factor (the
 knob; larger is sparser), alpha, sigma, bias_mode, forced, visibility, preset; and `dense_below`: prefill and
-training of fewer tokens run dense attention and say so in the notes, with its backend (off by default).
+training of fewer tokens run dense attention and say so in the notes, with its backend (off by default); and
+`balanced`: decode with or without `DecodeLaunch.balanced`, in place of what the tables of launches say.
 Timed in prefill and training: summaries, routing and attention, from q, k, v as a model has them after RoPE.
 Timed in decode: writing the new token to the cache (with the summary of a chunk that it completes), routing
 and attention; the lengths count the new token already, as a model advances them once a step for all its
@@ -16,7 +17,7 @@ of the forward; its gradient is not.
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -31,11 +32,12 @@ from dashbench.baselines.attention_reference import (
 from dashbench.baselines.dash_reference import expectation, options_for
 from dashbench.kernels.attend import block_sparse_attention, kernel_for
 from dashbench.kernels.dash import dash_attention, prior_is_negligible, route_with
-from dashbench.kernels.decode import DecodeCache, DecodeStep, append
+from dashbench.kernels.decode import DecodeCache, DecodeLaunch, DecodeStep, append
 from dashbench.kernels.reference import DashOptions
 from dashbench.kernels.reference import dash_attention as specified
 from dashbench.kernels.route import Routes
 from dashbench.kernels.summarize import summarize_chunks
+from dashbench.kernels.tuning import choose, setting_of
 
 NAMES = ("query", "key", "value", "summary_query")
 
@@ -46,6 +48,7 @@ def prepare(
     preset: str | None = None,
     deterministic: bool = False,
     dense_below: int | None = None,
+    balanced: bool | None = None,
     **settings: Any,
 ) -> Operator:
     """DashAttention for one problem; `settings` are fields of `DashOptions` but for the chunk size."""
@@ -53,7 +56,7 @@ def prepare(
     given = asdict(options)
     chunk = options.chunk_size
     if problem.phase == "decode":
-        return _decode(problem, options, {"preset": preset, "options": given})
+        return _decode(problem, options, balanced, {"preset": preset, "options": given})
     if dense_below is not None and problem.query.shape[2] < dense_below:
         return _dense(problem, dense_below, {"preset": preset, "options": given})
     try:
@@ -169,7 +172,7 @@ def _dense(problem: Problem, dense_below: int, notes: dict[str, Any]) -> Operato
     )
 
 
-def _decode(problem: Problem, options: DashOptions, notes: dict[str, Any]) -> Operator:
+def _decode(problem: Problem, options: DashOptions, balanced: bool | None, notes: dict[str, Any]) -> Operator:
     """One new token against a cache that holds all tokens before it, and its summaries."""
     chunk, length = options.chunk_size, problem.key.shape[2]
     batch, kv_heads, _, dim = problem.key.shape
@@ -193,8 +196,11 @@ def _decode(problem: Problem, options: DashOptions, notes: dict[str, Any]) -> Op
         problem.summary_query.contiguous(),
     )
     aside = options.visibility == "own"
+    launch = DecodeLaunch(**choose("decode", setting_of(problem.query, kv_heads, chunk, cache.capacity)))
+    if balanced is not None:
+        launch = replace(launch, balanced=balanced)
     try:
-        step = DecodeStep(problem.query, cache, options, new=new if aside else None)
+        step = DecodeStep(problem.query, cache, options, launch, new=new if aside else None)
     except ValueError as refused:
         raise Unsupported(str(refused)) from None
 

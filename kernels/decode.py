@@ -6,7 +6,7 @@ Source: DashAttention (arXiv 2605.18753). Stages, each callable on its own on on
               token `scores` and `attend` can do it on the side
     scores    γ ⟨q, k̄⟩ / √D over the visible chunks
     route     entmax, mean over the group, list of active chunks in ascending order
-    attend    attention over the list, every split an equal share of it
+    attend    attention over the list, every split an equal share of it, or of all lists laid end to end
     combine   join the splits
 
 No stage reads a length on the host, and every buffer is allocated by `DecodeWorkspace`, so a step can be
@@ -25,7 +25,9 @@ import triton
 
 from dashbench.kernels.decode_kernels import (
     append_kernel,
+    attend_balanced_kernel,
     attend_kernel,
+    combine_balanced_kernel,
     combine_kernel,
     route_kernel,
     scores_kernel,
@@ -67,13 +69,15 @@ class DecodeLaunch:
     """Launch choices that change no result beyond rounding.
 
     Attributes:
-        splits: programs that share one group's chunks; None fills the device once.
+        splits: programs a group, with `balanced` on average; None fills the device once.
         stages: of the attend loop's pipeline. A chunk's place must be loaded before its keys, so Triton 3.6
             has n tiles in flight ahead of the product from 2n + 1 stages.
         attend_warps: warps of an attend program.
         score_tile: chunks of a scores program.
         route_warps: warps of a route program.
         overlap: launch each kernel before the previous one has drained (capability 9.0 and later).
+        balanced: every program attends an equal share of all groups' chunks; without it each group has the
+            same number of programs, however long its list. Up to `BALANCED_GROUPS` groups; not measured.
     """
 
     splits: int | None = None
@@ -82,6 +86,7 @@ class DecodeLaunch:
     score_tile: int = 64
     route_warps: int = 8
     overlap: bool = False
+    balanced: bool = False
 
 
 LOG2_E = 1.4426950408889634
@@ -89,6 +94,12 @@ LOG2_E = 1.4426950408889634
 ROUTE_TILE = 4096
 """Chunks whose scores a route program keeps in registers; it reads the rest again in every step."""
 
+
+BALANCED_GROUPS = 256
+"""Groups (sequences x new tokens x KV heads) whose counts every program of a balanced step reads."""
+
+JOINED = 64
+"""Splits that a program of a balanced combine joins at a time."""
 
 STEP_SCORES = 1 << 26
 """Routing scores (fp32) that one step of `attend_cache` may keep: 256 MiB."""
@@ -107,15 +118,18 @@ class DecodeWorkspace:
         batch, new_tokens: B, T.
         query_heads, kv_heads, head_dim: Hq, Hkv, D.
         chunks: M.
-        splits: programs that share a group's chunks.
+        splits: programs that share a group's chunks; `balanced`: all groups' together.
         device: where.
+        balanced: see `DecodeLaunch`.
     """
 
-    def __init__(self, batch, new_tokens, query_heads, kv_heads, head_dim, chunks, splits, device):
+    def __init__(
+        self, batch, new_tokens, query_heads, kv_heads, head_dim, chunks, splits, device, balanced=False
+    ):
         rows = (batch, new_tokens)
         single = {"dtype": torch.float32, "device": device}
         integer = {"dtype": torch.int32, "device": device}
-        self.splits = splits
+        self.splits, self.balanced = splits, balanced
         self.scores = torch.empty(*rows, query_heads, chunks, **single)
         self.weights = torch.empty(*rows, kv_heads, chunks, **single)
         self.biases = torch.empty(*rows, kv_heads, chunks, **single)
@@ -125,8 +139,11 @@ class DecodeWorkspace:
         # Kernels leave tickets at zero.
         self.route_tickets = torch.zeros(*rows, kv_heads, **integer)
         self.append_tickets = torch.zeros(batch, **integer)
-        self.partial_output = torch.empty(*rows, query_heads, splits, head_dim, **single)
-        self.partial_statistics = torch.empty(*rows, query_heads, splits, 2, **single)
+        partial = (*rows, query_heads, splits)
+        if balanced:  # a slot for every pair of a split and a group that can meet
+            partial = splits + batch * new_tokens * kv_heads, query_heads // kv_heads
+        self.partial_output = torch.empty(*partial, head_dim, **single)
+        self.partial_statistics = torch.empty(*partial, 2, **single)
 
 
 class DecodeStep:
@@ -167,15 +184,21 @@ class DecodeStep:
         if launch is None:
             setting = setting_of(query, kv_heads, options.chunk_size, cache.capacity)
             launch = DecodeLaunch(**choose("decode", setting))
-        self.query, self.cache, self.options, self.launch, self.new = query, cache, options, launch, new
+        self.query, self.cache, self.options, self.new = query, cache, options, new
         self.chunks = triton.cdiv(cache.capacity, options.chunk_size)
         self.group = query_heads // kv_heads
         if workspace is None:
-            splits = launch.splits or _splits(batch * new_tokens * kv_heads, self.chunks, query.device)
-            workspace = DecodeWorkspace(
-                batch, new_tokens, query_heads, kv_heads, head_dim, self.chunks, splits, query.device
-            )
+            groups = batch * new_tokens * kv_heads
+            balanced = launch.balanced and groups <= BALANCED_GROUPS
+            if balanced:
+                blocks = groups * triton.cdiv(self.chunks, _block(options) // options.chunk_size)
+                splits = (launch.splits or 0) * groups or _balanced_splits(groups, blocks, query.device)
+            else:
+                splits = launch.splits or _splits(groups, self.chunks, query.device)
+            shape = batch, new_tokens, query_heads, kv_heads, head_dim
+            workspace = DecodeWorkspace(*shape, self.chunks, splits, query.device, balanced)
         self.workspace = workspace
+        self.launch = replace(launch, balanced=workspace.balanced)
         self.output = torch.empty_like(query) if output is None else output
         self.rows = batch * new_tokens
         self.kv_heads, self.new_tokens, self.head_dim = kv_heads, new_tokens, head_dim
@@ -229,25 +252,44 @@ class DecodeStep:
         cache, space = self.cache, self.workspace
         table, table_stride, per_page = self._pages()
         summary_query = self.new[2] if self.new else self.query  # not read without a new token
-        attend_kernel[(space.splits + (self.new is not None), self.kv_heads, self.rows)](
+        kernel, groups = attend_kernel, ()
+        grid = space.splits + (self.new is not None), self.kv_heads, self.rows
+        common = self._common()
+        if space.balanced:
+            kernel, groups = attend_balanced_kernel, (self.kv_heads, self.rows * self.kv_heads)
+            grid = (space.splits + (groups[1] if self.new else 0),)
+            common["GROUPS"] = _groups(groups[1])
+            if _block(self.options) == 64:
+                common["maxnreg"] = 168  # of three programs a multiprocessor; without spills
+        kernel[grid](
             self.query, cache.key, cache.value,
             space.lists, space.lists if cache.page_table is None else space.places,
             space.biases, space.counts, cache.lengths, _padding(cache), space.partial_output,
             space.partial_statistics,
             cache.summaries, summary_query, table,
             _strides(self.query), _strides(cache.key), _strides(cache.value), _strides(cache.summaries),
-            table_stride, per_page, self.new_tokens, self.chunks, space.splits, self.scale,
+            table_stride, per_page, self.new_tokens, self.chunks, *groups, space.splits, self.scale,
             self.scale * LOG2_E,
             G=self.group, ROWS=_rows(self.group), C=self.options.chunk_size, D=self.head_dim,
-            BLOCK=max(64, self.options.chunk_size), STAGES=self.launch.stages, BIAS=self.options.bias_mode,
-            SUMMARIZE=self.new is not None, num_warps=self.launch.attend_warps, **self._common(),
+            BLOCK=_block(self.options), STAGES=self.launch.stages, BIAS=self.options.bias_mode,
+            SUMMARIZE=self.new is not None, num_warps=self.launch.attend_warps, **common,
         )  # fmt: skip
 
     def combine(self) -> torch.Tensor:
         """Join the splits; returns the output `[B, Hq, T, D]`."""
         space, common, width = self.workspace, self._common(), 32
         del common["PADDED"], common["PAGED"]
-        combine_kernel[(self.head_dim // width, self.kv_heads * self.group, self.rows)](
+        grid = self.head_dim // width, self.kv_heads * self.group, self.rows
+        if space.balanced:
+            groups = self.rows * self.kv_heads
+            combine_balanced_kernel[grid](
+                space.partial_output, space.partial_statistics, space.counts, self.output,
+                _strides(self.output), self.new_tokens, groups, space.splits,
+                G=self.group, D=self.head_dim, CHUNKS=_block(self.options) // self.options.chunk_size,
+                GROUPS=_groups(groups), SPLITS=JOINED, WIDTH=width, STAGES=3, num_warps=4, **common,
+            )  # fmt: skip
+            return self.output
+        combine_kernel[grid](
             space.partial_output, space.partial_statistics, self.output, _strides(self.output),
             self.new_tokens, space.splits,
             D=self.head_dim, SPLITS=triton.next_power_of_2(space.splits), WIDTH=width, num_warps=4, **common,
@@ -353,13 +395,33 @@ def _rows(group: int) -> int:
     return max(16, triton.next_power_of_2(group))
 
 
+def _block(options: DashOptions) -> int:
+    """Tokens that an attend program takes at a time: one chunk or several."""
+    return max(64, options.chunk_size)
+
+
+def _groups(groups: int) -> int:
+    """Places for the groups' counts in a program; few sizes, so that few variants compile."""
+    return max(16, triton.next_power_of_2(groups))
+
+
 def _splits(groups: int, chunks: int, device: torch.device) -> int:
     """Programs a group: three for each multiprocessor, as many as its shared memory holds, but no more than
     `combine` joins cheaply, and one chunk a program at least. Measured: LOG.md, Decode."""
-    processors = 4
+    return max(1, min(3 * _processors(device) // groups, 64, chunks))
+
+
+def _balanced_splits(groups: int, blocks: int, device: torch.device) -> int:
+    """Programs of a balanced step: three for each multiprocessor with those that summarise among them, two at
+    least, and one block a program at least."""
+    processors = _processors(device)
+    return min(max(3 * processors - groups, 2 * processors), blocks)
+
+
+def _processors(device: torch.device) -> int:
     if device.type == "cuda":
-        processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, min(3 * processors // groups, 64, chunks))
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 4
 
 
 def _padding(cache: DecodeCache) -> torch.Tensor:

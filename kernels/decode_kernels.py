@@ -4,7 +4,8 @@ Source: DashAttention (arXiv 2605.18753). All kernels take the sequences' length
 follow the cache's capacity, so a captured CUDA graph serves every length and nothing recompiles.
 
 Letters: B sequences, T new tokens of a sequence (its last ones), Hq query heads, Hkv KV heads, G = Hq / Hkv,
-D head dim, C chunk size, M chunks that the cache can hold, S splits. "Step row" is (sequence, new token).
+D head dim, C chunk size, M chunks that the cache can hold, S splits. "Step row" is (sequence, new token), and
+"group" (step row, KV head), whose query heads share one list of chunks.
 
 Keys are addressed as page, KV head, token in the page, D; summaries as page, KV head, chunk in the page, D.
 A contiguous cache is one page a sequence.
@@ -379,41 +380,16 @@ def route_kernel(
         tl.store(counts + group, written)
 
 
-@triton.jit(do_not_specialize=["page_table_stride", "chunks_per_page", "new_tokens", "capacity", "splits"])
-def attend_kernel(
-    query, key, value, lists, places, biases, counts, lengths, padding, partial_output, partial_statistics,
-    summaries, summary_query, page_table,
-    query_strides, key_strides, value_strides, summary_strides, page_table_stride, chunks_per_page,
-    new_tokens, capacity, splits, scale, scale_log2,
+@triton.jit
+def _attend_blocks(
+    query, key, value, lists, places, biases, padding, query_strides, key_strides, value_strides,
+    chunks_per_page, capacity, scale_log2, group, count, begin, end, sequence, token, head, position,
     G: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
-    STAGES: tl.constexpr, BIAS: tl.constexpr, SUMMARIZE: tl.constexpr, PADDED: tl.constexpr,
-    PAGED: tl.constexpr, PDL: tl.constexpr,
+    STAGES: tl.constexpr, BIAS: tl.constexpr, PADDED: tl.constexpr, PAGED: tl.constexpr,
 ):  # fmt: skip
-    """Attention of one group over one split's equal share of the listed chunks, BLOCK tokens at a time.
-
-    With `SUMMARIZE` there is one program more: it summarises the chunk that the sequence's new token
-    completes, for the steps to come, while the others attend.
-    """
-    split, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    _after_previous_kernel(PDL)
-    kv_heads = tl.num_programs(1)
-    sequence = (row // new_tokens).to(tl.int64)
-    token = row % new_tokens
-    position = tl.load(lengths + sequence) - new_tokens + token
-    if SUMMARIZE:  # noqa: SIM102  (compile time, then run time)
-        if split == splits:
-            if position % C == C - 1:
-                _summarize_chunk(
-                    key, summaries, summary_query, page_table, key_strides, summary_strides,
-                    page_table_stride, chunks_per_page, position // C, head, sequence,
-                    tl.load(padding + sequence) if PADDED else 0, scale, C, D, PADDED, PAGED,
-                )  # fmt: skip
-            return
-    group = row.to(tl.int64) * kv_heads + head
-    count = tl.load(counts + group)
+    """Attention of one group over blocks `begin` to `end` of its `count` listed chunks: (maximum, sum, output
+    before division) of each row."""
     CHUNKS: tl.constexpr = BLOCK // C
-    blocks = (count + CHUNKS - 1) // CHUNKS
-    begin, end = blocks * split // splits, blocks * (split + 1) // splits
     o_g, o_d, o_t = tl.arange(0, ROWS), tl.arange(0, D), tl.arange(0, BLOCK)
     p_query = query + sequence * query_strides[0] + token * query_strides[2]
     p_query += (head * G + o_g)[:, None].to(tl.int64) * query_strides[1] + o_d[None, :]
@@ -459,10 +435,148 @@ def attend_kernel(
         accumulator = accumulator * rescale[:, None]
         accumulator += tl.dot(probability.to(b_value.dtype), b_value, input_precision="ieee")
         running_max = new_max
-    row_index = (group * G + o_g) * splits + split
+    return running_max, running_sum, accumulator
+
+
+@triton.jit
+def _store_partial(
+    partial_output, partial_statistics, running_max, running_sum, accumulator, row_index,
+    G: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Write what `_attend_blocks` found of one split to the rows given, one for each of the group's heads."""
+    o_g, o_d = tl.arange(0, ROWS), tl.arange(0, D)
     tl.store(partial_output + row_index[:, None] * D + o_d[None, :], accumulator, (o_g < G)[:, None])
     tl.store(partial_statistics + row_index * 2, running_max, o_g < G)
     tl.store(partial_statistics + row_index * 2 + 1, running_sum, o_g < G)
+
+
+@triton.jit(do_not_specialize=["page_table_stride", "chunks_per_page", "new_tokens", "capacity", "splits"])
+def attend_kernel(
+    query, key, value, lists, places, biases, counts, lengths, padding, partial_output, partial_statistics,
+    summaries, summary_query, page_table,
+    query_strides, key_strides, value_strides, summary_strides, page_table_stride, chunks_per_page,
+    new_tokens, capacity, splits, scale, scale_log2,
+    G: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+    STAGES: tl.constexpr, BIAS: tl.constexpr, SUMMARIZE: tl.constexpr, PADDED: tl.constexpr,
+    PAGED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Attention of one group over one split's equal share of the listed chunks, BLOCK tokens at a time.
+
+    With `SUMMARIZE` there is one program more: it summarises the chunk that the sequence's new token
+    completes, for the steps to come, while the others attend.
+    """
+    split, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    _after_previous_kernel(PDL)
+    kv_heads = tl.num_programs(1)
+    sequence = (row // new_tokens).to(tl.int64)
+    token = row % new_tokens
+    position = tl.load(lengths + sequence) - new_tokens + token
+    if SUMMARIZE:  # noqa: SIM102  (compile time, then run time)
+        if split == splits:
+            if position % C == C - 1:
+                _summarize_chunk(
+                    key, summaries, summary_query, page_table, key_strides, summary_strides,
+                    page_table_stride, chunks_per_page, position // C, head, sequence,
+                    tl.load(padding + sequence) if PADDED else 0, scale, C, D, PADDED, PAGED,
+                )  # fmt: skip
+            return
+    group = row.to(tl.int64) * kv_heads + head
+    count = tl.load(counts + group)
+    CHUNKS: tl.constexpr = BLOCK // C
+    blocks = (count + CHUNKS - 1) // CHUNKS
+    begin, end = blocks * split // splits, blocks * (split + 1) // splits
+    running_max, running_sum, accumulator = _attend_blocks(
+        query, key, value, lists, places, biases, padding, query_strides, key_strides, value_strides,
+        chunks_per_page, capacity, scale_log2, group, count, begin, end, sequence, token, head, position,
+        G, ROWS, C, D, BLOCK, STAGES, BIAS, PADDED, PAGED,
+    )  # fmt: skip
+    row_index = (group * G + tl.arange(0, ROWS)) * splits + split
+    _store_partial(
+        partial_output, partial_statistics, running_max, running_sum, accumulator, row_index, G, ROWS, D
+    )
+
+
+@triton.jit
+def _blocks_of_groups(counts, groups, CHUNKS: tl.constexpr, GROUPS: tl.constexpr):
+    """(0 … GROUPS − 1, blocks of CHUNKS listed chunks of each group)."""
+    o_groups = tl.arange(0, GROUPS)
+    return o_groups, (tl.load(counts + o_groups, o_groups < groups, 0) + CHUNKS - 1) // CHUNKS
+
+
+@triton.jit
+def _first_block(split, share, rest):
+    """The first block of a split, where each has `share` and the first `rest` one more."""
+    return split * share + tl.minimum(split, rest)
+
+
+@triton.jit
+def _split_of(block, share, rest):
+    """The split that has a block: the inverse of `_first_block`."""
+    longer = rest * (share + 1)
+    return tl.where(block < longer, block // (share + 1), rest + (block - longer) // tl.maximum(share, 1))
+
+
+@triton.jit(
+    do_not_specialize=[
+        "page_table_stride", "chunks_per_page", "new_tokens", "capacity", "kv_heads", "groups", "splits"
+    ]
+)  # fmt: skip
+def attend_balanced_kernel(
+    query, key, value, lists, places, biases, counts, lengths, padding, partial_output, partial_statistics,
+    summaries, summary_query, page_table,
+    query_strides, key_strides, value_strides, summary_strides, page_table_stride, chunks_per_page,
+    new_tokens, capacity, kv_heads, groups, splits, scale, scale_log2,
+    G: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+    GROUPS: tl.constexpr, STAGES: tl.constexpr, BIAS: tl.constexpr, SUMMARIZE: tl.constexpr,
+    PADDED: tl.constexpr, PAGED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Attention over one split's equal share of all groups' listed chunks laid end to end, BLOCK tokens at a
+    time; splits without a block write nothing.
+
+    Split s leaves what it found of group g in slot s + g: both only grow along the blocks, so no two pairs
+    that meet share a slot. With `SUMMARIZE` there is one program a group more, as in `attend_kernel`; they
+    are the first ones, since they take as long as a whole split and must not be the last to start.
+    """
+    split = tl.program_id(0)
+    _after_previous_kernel(PDL)
+    if SUMMARIZE:
+        if split < groups:
+            sequence = (split // kv_heads // new_tokens).to(tl.int64)
+            position = tl.load(lengths + sequence) - new_tokens + split // kv_heads % new_tokens
+            if position % C == C - 1:
+                _summarize_chunk(
+                    key, summaries, summary_query, page_table, key_strides, summary_strides,
+                    page_table_stride, chunks_per_page, position // C, split % kv_heads, sequence,
+                    tl.load(padding + sequence) if PADDED else 0, scale, C, D, PADDED, PAGED,
+                )  # fmt: skip
+            return
+        split -= groups
+    CHUNKS: tl.constexpr = BLOCK // C
+    o_groups, blocks = _blocks_of_groups(counts, groups, CHUNKS, GROUPS)
+    ends, total = tl.cumsum(blocks, 0), tl.sum(blocks, 0)
+    share, rest = total // splits, total % splits
+    block, end = _first_block(split, share, rest), _first_block(split + 1, share, rest)
+    group = tl.sum((ends <= block).to(tl.int32), 0)
+    before = tl.max(tl.where(ends <= block, ends, 0), 0)  # blocks of the groups before this one
+    while block < end:
+        row, head = group // kv_heads, group % kv_heads
+        sequence = (row // new_tokens).to(tl.int64)
+        token = row % new_tokens
+        position = tl.load(lengths + sequence) - new_tokens + token
+        after = tl.min(tl.where(o_groups >= group, ends, 2147483647), 0)
+        stop = tl.minimum(end, after)
+        running_max, running_sum, accumulator = _attend_blocks(
+            query, key, value, lists, places, biases, padding, query_strides, key_strides, value_strides,
+            chunks_per_page, capacity, scale_log2, group.to(tl.int64), tl.load(counts + group),
+            block - before, stop - before, sequence, token, head, position,
+            G, ROWS, C, D, BLOCK, STAGES, BIAS, PADDED, PAGED,
+        )  # fmt: skip
+        row_index = (split + group).to(tl.int64) * G + tl.arange(0, ROWS)
+        _store_partial(
+            partial_output, partial_statistics, running_max, running_sum, accumulator, row_index, G, ROWS, D
+        )
+        block, before = stop, after
+        group += 1
 
 
 @triton.jit(do_not_specialize=["new_tokens", "splits"])
@@ -486,3 +600,47 @@ def combine_kernel(
     result = tl.sum(b_partial * factor[:, None], 0) / tl.where(denominator > 0, denominator, 1.0)
     p_output = output + row // new_tokens * output_strides[0] + query_head.to(tl.int64) * output_strides[1]
     tl.store(p_output + row % new_tokens * output_strides[2] + o_d, result)
+
+
+@triton.jit(do_not_specialize=["new_tokens", "groups", "splits"])
+def combine_balanced_kernel(
+    partial_output, partial_statistics, counts, output, output_strides, new_tokens, groups, splits,
+    G: tl.constexpr, D: tl.constexpr, CHUNKS: tl.constexpr, GROUPS: tl.constexpr, SPLITS: tl.constexpr,
+    WIDTH: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Join what the splits that met a group found, SPLITS at a time, for one query head and WIDTH of its D
+    outputs a program. Which ones those are follows from the counts as in `attend_balanced_kernel`."""
+    part, query_head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    _after_previous_kernel(PDL)
+    group = row * (tl.num_programs(1) // G) + query_head // G
+    o_groups, blocks = _blocks_of_groups(counts, groups, CHUNKS, GROUPS)
+    total = tl.sum(blocks, 0)
+    before = tl.sum(tl.where(o_groups < group, blocks, 0), 0)
+    after = tl.sum(tl.where(o_groups <= group, blocks, 0), 0)
+    share, rest = total // splits, total % splits
+    first, last = _split_of(before, share, rest), _split_of(after - 1, share, rest)
+    o_s, o_d = tl.arange(0, SPLITS), part * WIDTH + tl.arange(0, WIDTH)
+    # Every lane of SPLITS joins its own, without a word to the others before the end.
+    peaks = tl.full([SPLITS], float("-inf"), tl.float32)
+    sums = tl.zeros([SPLITS], tl.float32)
+    accumulator = tl.zeros([SPLITS, WIDTH], tl.float32)
+    for start in tl.range(first, last + 1, SPLITS, num_stages=STAGES):
+        inside = start + o_s <= last
+        row_index = (start + o_s + group).to(tl.int64) * G + query_head % G
+        maximum = tl.load(partial_statistics + row_index * 2, inside, float("-inf"))
+        summed = tl.load(partial_statistics + row_index * 2 + 1, inside, 0.0)
+        p_partial = partial_output + row_index[:, None] * D + o_d[None, :]
+        b_partial = tl.load(p_partial, inside[:, None], 0.0)  # [SPLITS, WIDTH]
+        new_peaks = tl.maximum(peaks, maximum)
+        finite = tl.where(new_peaks == float("-inf"), 0.0, new_peaks)
+        rescale, factor = tl.exp2(peaks - finite), tl.exp2(maximum - finite)
+        sums = sums * rescale + summed * factor
+        accumulator = accumulator * rescale[:, None] + b_partial * factor[:, None]
+        peaks = new_peaks
+    peak = tl.max(peaks, 0)
+    factor = tl.exp2(peaks - tl.where(peak == float("-inf"), 0.0, peak))
+    denominator = tl.sum(factor * sums, 0)
+    result = tl.sum(accumulator * factor[:, None], 0) / tl.where(denominator > 0, denominator, 1.0)
+    p_output = output + (row // new_tokens).to(tl.int64) * output_strides[0]
+    p_output += query_head.to(tl.int64) * output_strides[1] + row % new_tokens * output_strides[2]
+    tl.store(p_output + o_d, result)

@@ -60,7 +60,7 @@ def train(tokens, batch=1, gamma=1.0, **options):
     dash_attention(*inputs, scaling_factor=gamma, **options).sum().backward()
 
 
-def decode(tokens, batch=1, new_tokens=1, page_size=None, overlap=False, pad=None):
+def decode(tokens, batch=1, new_tokens=1, page_size=None, overlap=False, pad=None, balanced=False):
     from dashbench.kernels.decode import DecodeCache, DecodeLaunch, DecodeStep, append
     from dashbench.kernels.reference import DashOptions
 
@@ -74,7 +74,7 @@ def decode(tokens, batch=1, new_tokens=1, page_size=None, overlap=False, pad=Non
         k, v, torch.zeros(batch * pages, 2, size // 64, 128, dtype=k.dtype), lengths, table, padding
     )
     new = [torch.zeros(batch, h, new_tokens, 128, dtype=k.dtype) for h in (32, 2, 2)]
-    launch = DecodeLaunch(splits=8, overlap=overlap)
+    launch = DecodeLaunch(splits=8, overlap=overlap, balanced=balanced)
     step = DecodeStep(new[0], cache, DashOptions(), launch)
     append(cache, new[1], new[2], s, 64, step.workspace.append_tickets, overlap)
     step.run()
@@ -103,6 +103,13 @@ SCENARIOS = {
     "decode paged": lambda: decode(4096, 2, page_size=256),
     "decode paged otherwise": lambda: decode(4096 + 64, 3, page_size=64),
     "decode padded": lambda: decode(4096, 2, pad=5),
+    "decode balanced": lambda: decode(4096, balanced=True),
+    "decode balanced, 6 groups": lambda: decode(4032, 3, balanced=True),
+    "decode balanced, 16 groups": lambda: decode(4096, 4, 2, balanced=True),
+    "decode balanced, 32 groups": lambda: decode(4096, 1, 16, balanced=True),
+    "decode balanced, 30 groups": lambda: decode(4096, 3, 5, balanced=True),
+    "decode balanced, paged": lambda: decode(4096, 2, page_size=256, balanced=True),
+    "decode balanced, padded": lambda: decode(4096, 2, pad=5, balanced=True),
 }
 
 

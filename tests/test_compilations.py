@@ -17,6 +17,10 @@ NEW = {
     "decode 4096": {"decode_kernels"},
     "decode paged": {"decode_kernels"},
     "decode padded": {"decode_kernels"},
+    "decode balanced": {"decode_kernels"},
+    "decode balanced, 32 groups": {"decode_kernels"},  # sizes programs too, by powers of two
+    "decode balanced, paged": {"decode_kernels"},
+    "decode balanced, padded": {"decode_kernels"},
 }
 # The cache's capacity, not its length, sizes a program of the decode router: by powers of two.
 ROUTE_TILES = {"decode 8192, batch 3", "decode paged otherwise"}

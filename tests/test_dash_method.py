@@ -44,7 +44,9 @@ def test_every_phase_passes_the_gate(phase, context):
     assert gate(operator, given).passed, "stages leave the operator as it was"
 
 
-@pytest.mark.parametrize("settings", [{"preset": "package"}, {"sigma": 1.0}, {"forced": "own_and_previous"}])
+@pytest.mark.parametrize(
+    "settings", [{"preset": "package"}, {"sigma": 1.0}, {"forced": "own_and_previous"}, {"balanced": True}]
+)
 def test_settings_pass_the_gate_in_prefill_and_decode(settings):
     for phase in ("prefill", "decode"):
         given = problem(phase, 75)

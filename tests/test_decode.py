@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from dashbench.kernels.decode import DecodeCache, DecodeLaunch, DecodeStep, append, decode_attention
+from dashbench.kernels.decode import (
+    DecodeCache,
+    DecodeLaunch,
+    DecodeStep,
+    DecodeWorkspace,
+    append,
+    decode_attention,
+)
 from dashbench.kernels.reference import DashOptions, dash_attention, summarize
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -66,12 +73,25 @@ def expected(query, key, value, bar, lengths, options):
     return torch.stack(out), torch.stack(counts)
 
 
+def balanced_output(step):
+    """Output of a balanced step from the lists of another one."""
+    launch = DecodeLaunch(splits=step.launch.splits, balanced=True)
+    other = DecodeStep(step.query, step.cache, step.options, launch)
+    assert other.workspace.balanced
+    for name in ("lists", "places", "biases", "counts"):
+        setattr(other.workspace, name, getattr(step.workspace, name))
+    other.attend()
+    return other.combine()
+
+
 def compare(query, key, value, bar, lengths, options, page_size=None, splits=3):
     cache = filled(key, value, bar, options.chunk_size, lengths, page_size)
-    output, space = decode_attention(query, cache, options, DecodeLaunch(splits=splits))
+    step = DecodeStep(query, cache, options, DecodeLaunch(splits=splits))
+    output, space = step.run(), step.workspace
     want, counts = expected(query, key, value, bar, lengths, options)
     assert torch.equal(space.counts.cpu().long(), counts.cpu())
     torch.testing.assert_close(output.double(), want, atol=2e-5, rtol=0)
+    torch.testing.assert_close(balanced_output(step).double(), want, atol=2e-5, rtol=0)
     assert int(space.route_tickets.abs().sum()) == 0
     return counts
 
@@ -106,8 +126,8 @@ def test_groups_and_head_dims(heads, kv_heads, dim):
     compare(*draw(1, heads, kv_heads, 64, dim, seed=2), [61], DashOptions(16, bias_mode="none"))
 
 
-@pytest.mark.parametrize("page_size", [None, 32])
-def test_a_step_that_appends_its_token_equals_appending_before_it(page_size):
+@pytest.mark.parametrize(("page_size", "balanced"), [(None, False), (32, False), (None, True), (32, True)])
+def test_a_step_that_appends_its_token_equals_appending_before_it(page_size, balanced):
     """Lengths around chunk borders: token 1, mid-chunk, completing a chunk, and the first of a chunk."""
     lengths, options = [1, 30, 48, 65], DashOptions(16, bias_mode="raw")
     query, key, value, bar = draw(4, 4, 2, 96, 64, seed=7)
@@ -115,7 +135,8 @@ def test_a_step_that_appends_its_token_equals_appending_before_it(page_size):
     before.lengths.add_(1)
     rows, at = torch.arange(4), torch.tensor(lengths) - 1
     new = tuple(x[rows, :, at][:, :, None].contiguous() for x in (key, value))
-    step = DecodeStep(query, before, options, DecodeLaunch(splits=3), new=(*new, bar.contiguous()))
+    launch = DecodeLaunch(splits=3, balanced=balanced)
+    step = DecodeStep(query, before, options, launch, new=(*new, bar.contiguous()))
     want, _ = expected(query, key, value, bar, lengths, options)
     torch.testing.assert_close(step.run().double(), want, atol=2e-5, rtol=0)
     whole = filled(key, value, bar, 16, lengths, page_size)
@@ -133,6 +154,58 @@ def test_appending_on_the_side_is_for_one_token():
 
 def test_several_new_tokens_across_a_chunk_border():
     compare(*draw(2, 4, 2, 96, 64, new_tokens=3, seed=3), [65, 90], DashOptions(16, bias_mode="raw"))
+
+
+@pytest.mark.parametrize("programs", [1, 5, 12, 64])
+def test_balanced_programs_attend_every_listed_chunk_once(programs):
+    """Lists of very unlike lengths, planted: flat logits and values that name their chunk make the output a
+    count of tokens. 22 blocks, so that one case has more programs than blocks."""
+    sizes, lengths, chunks = [[[1, 40], [3, 6]], [[1, 1], [17, 2]]], [638, 601], 40
+    generator = torch.Generator().manual_seed(0)
+    query = torch.zeros(2, 4, 2, 64, device=DEVICE)
+    value = torch.eye(64, device=DEVICE)[torch.arange(640, device=DEVICE) // 16].expand(2, 2, 640, 64)
+    key = torch.randn(2, 2, 640, 64, generator=generator).to(DEVICE)
+    cache = DecodeCache(
+        key, value.contiguous(), key[:, :, :chunks], torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+    )
+    space = DecodeWorkspace(2, 2, 4, 2, 64, chunks, programs, DEVICE, balanced=True)
+    options = DashOptions(16, bias_mode="none")
+    step = DecodeStep(query, cache, options, DecodeLaunch(balanced=True), space)
+    want, owners = torch.zeros(2, 2, 2, 64), []
+    for group in range(8):
+        b, t, r = group // 4, group // 2 % 2, group % 2
+        count, position = sizes[b][t][r], lengths[b] - 2 + t
+        own = position // 16
+        listed = [*sorted(torch.randperm(own, generator=generator)[: count - 1].tolist()), own]
+        space.counts[b, t, r] = count
+        space.lists[b, t, r, :count] = torch.tensor(listed, dtype=torch.int32)
+        want[b, t, r, listed] = 16
+        want[b, t, r, own] = position % 16 + 1
+        owners += [group] * -(-count // 4)
+    step.attend()
+    share, rest = divmod(len(owners), programs)
+    programs_of = [p for p in range(programs) for _ in range(share + (p < rest))]
+    slots = {program + group for program, group in zip(programs_of, owners, strict=True)}
+    for left in (space.partial_output, space.partial_statistics):  # NaN where nothing was written
+        assert set((~left.isnan()).any((1, 2)).nonzero().flatten().tolist()) == slots
+    found = step.combine().reshape(2, 2, 2, 2, 64).permute(0, 3, 1, 2, 4)  # [B, T, Hkv, G, D]
+    want = want[:, :, :, None].expand(-1, -1, -1, 2, -1)
+    torch.testing.assert_close(found.cpu() * want.sum(-1, keepdim=True), want, atol=1e-3, rtol=0)
+
+
+def test_more_splits_than_are_joined_at_a_time(monkeypatch):
+    monkeypatch.setattr("dashbench.kernels.decode.JOINED", 2)
+    counts = compare(*draw(1, 4, 2, 480, 64, contrast=1.0), [470], DashOptions(16, bias_mode="raw"), splits=7)
+    assert counts.min() > 8, "three blocks and more, each a split"
+
+
+def test_more_groups_than_a_balanced_program_reads_are_split_as_ever(monkeypatch):
+    monkeypatch.setattr("dashbench.kernels.decode.BALANCED_GROUPS", 3)
+    query, key, value, bar = draw(2, 4, 2, 32, 64)
+    step = DecodeStep(
+        query, filled(key, value, bar, 16, [20, 9]), DashOptions(16), DecodeLaunch(2, balanced=True)
+    )
+    assert not step.workspace.balanced and not step.launch.balanced and step.workspace.splits == 2
 
 
 def test_flat_logits_activate_every_chunk():
@@ -225,7 +298,9 @@ def test_left_padding_keeps_chunks_in_their_padded_places(page_size, forced):
     tickets = torch.zeros(6, dtype=torch.int32, device=DEVICE)
     append(cache, key[:, :, :96], value[:, :, :96], bar, 16, tickets)
     cache.lengths.copy_(torch.tensor(lengths))
-    output, _ = decode_attention(query, cache, options, DecodeLaunch(splits=3))
+    step = DecodeStep(query, cache, options, DecodeLaunch(splits=3))
+    output = step.run()
+    torch.testing.assert_close(balanced_output(step), output, atol=1e-5, rtol=0)
     for b, (length, pad) in enumerate(zip(lengths, pads, strict=True)):
         want, routing = dash_attention(
             query[b : b + 1].double(), key[b : b + 1, :, :length].double(),
@@ -238,8 +313,8 @@ def test_left_padding_keeps_chunks_in_their_padded_places(page_size, forced):
     assert bool((output[5] == 0).all()) and bool((output[:5] != 0).any(-1).all())
 
 
-@pytest.mark.parametrize("new_tokens", [1, 2])
-def test_a_chunk_that_begins_with_padding_is_summarised_over_its_real_tokens(new_tokens):
+@pytest.mark.parametrize(("new_tokens", "balanced"), [(1, False), (1, True), (2, False)])
+def test_a_chunk_that_begins_with_padding_is_summarised_over_its_real_tokens(new_tokens, balanced):
     """By `append`, and by the step that writes its one token on the side."""
     _, key, value, bar = draw(2, 4, 2, 32, 64, seed=9)
     padding = torch.tensor([3, 21], dtype=torch.int32, device=DEVICE)
@@ -249,7 +324,8 @@ def test_a_chunk_that_begins_with_padding_is_summarised_over_its_real_tokens(new
     fresh = key[:, :, 32 - new_tokens :].contiguous(), value[:, :, 32 - new_tokens :].contiguous()
     if new_tokens == 1:
         lengths += 1
-        DecodeStep(key.repeat(1, 2, 1, 1)[:, :, -1:], cache, DashOptions(16), new=(*fresh, bar)).run()
+        query, launch = key.repeat(1, 2, 1, 1)[:, :, -1:], DecodeLaunch(balanced=balanced)
+        DecodeStep(query, cache, DashOptions(16), launch, new=(*fresh, bar)).run()
     else:
         append(cache, *fresh, bar, 16, torch.zeros(2, dtype=torch.int32, device=DEVICE))
     assert torch.equal(cache.key, key)

@@ -14,7 +14,7 @@ from test_dash import planted, unpack
 
 from dashbench.kernels import DashAttention, DashCache
 from dashbench.kernels.dash import dash_attention, dash_options
-from dashbench.kernels.decode import DecodeCache, attend_cache
+from dashbench.kernels.decode import DecodeCache, DecodeLaunch, DecodeStep, attend_cache
 from dashbench.kernels.dense import dense_attention
 from dashbench.kernels.reference import DashOptions
 from dashbench.kernels.reference import dash_attention as specified
@@ -281,6 +281,35 @@ def test_long_sequences_and_batches(batch, n, monkeypatch):
         )
         stepped, _ = attend_cache(q[:, :, -2:], cache)
         assert relative(stepped[last], one[:, :, -2:]) < 1e-2
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_a_balanced_decode_step_equals_the_default_one(batch):
+    """At 32k, the token appended on the side; then one captured step replayed for other lengths."""
+    n = 1 << 15
+    q, k, v, s = long_inputs(batch, n)
+    lengths = torch.full((batch,), n, dtype=torch.int32, device="cuda")
+    caches = [DecodeCache(k.clone(), v, summarize_chunks(k, s, 64), lengths) for _ in range(2)]
+    new = tuple(x[:, :, -1:].contiguous() for x in (k, v))
+    steps = []
+    for cache, balanced in zip(caches, (False, True), strict=True):
+        launch = DecodeLaunch(overlap=torch.cuda.get_device_capability()[0] >= 9, balanced=balanced)
+        steps.append(DecodeStep(q[:, :, -1:], cache, DashOptions(), launch, new=(*new, s)))
+    plain, even = steps
+    assert even.workspace.balanced
+    even.run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        even.run()
+    for shorter in (0, 1, 64 * 90 + 30):
+        lengths.copy_(n - torch.arange(batch, device="cuda") % 5 * shorter - shorter)
+        want = plain.run().clone()
+        graph.replay()
+        assert torch.equal(plain.workspace.counts, even.workspace.counts)
+        assert batch == 1 or len(even.workspace.counts.unique()) > 1
+        assert relative(even.output, want) < 4e-3
+        torch.testing.assert_close(caches[0].summaries, caches[1].summaries)
 
 
 def test_memory_at_128k(monkeypatch):
