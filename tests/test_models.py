@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -255,6 +257,16 @@ def test_the_8b_shape_has_the_released_names_and_numbers():
     wanted = {f"model.layers.1.self_attn.{n}": s for n, s in added_parameters("nsa", 2, 16, 16).items()}
     state = tiny.state_dict()
     assert {name: tuple(state[name].shape) for name in wanted} == wanted
+
+
+def test_the_public_names_bring_torch_only_when_asked_for():
+    command = (
+        "import sys, dashbench.models as m; assert 'torch' not in sys.modules\n"
+        "from dashbench.models import load; assert load.__module__ == 'dashbench.models.checkpoint'\n"
+        "assert not hasattr(m, 'nothing')"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_tokenizer_reads_any_text(folders):
