@@ -19,6 +19,13 @@ if not torch.cuda.is_available():
     allow_loop_bounds()
 
 
+# torch lists the functions that `with torch.device(...)` redirects when it is first used. That must not be
+# while `poisoned_empty` has replaced some of them: a model of 8 B parameters on the meta device would then
+# take 33 GB of memory.
+with torch.device("meta"):
+    torch.empty(0)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return
