@@ -32,12 +32,11 @@ from dashbench.baselines.attention_reference import (
 from dashbench.baselines.dash_reference import expectation, options_for
 from dashbench.kernels.attend import block_sparse_attention, kernel_for
 from dashbench.kernels.dash import dash_attention, prior_is_negligible, route_with
-from dashbench.kernels.decode import DecodeCache, DecodeLaunch, DecodeStep, append
+from dashbench.kernels.decode import DecodeCache, DecodeStep, append, known_launch
 from dashbench.kernels.reference import DashOptions
 from dashbench.kernels.reference import dash_attention as specified
 from dashbench.kernels.route import Routes
 from dashbench.kernels.summarize import summarize_chunks
-from dashbench.kernels.tuning import choose, setting_of
 
 NAMES = ("query", "key", "value", "summary_query")
 
@@ -196,9 +195,9 @@ def _decode(problem: Problem, options: DashOptions, balanced: bool | None, notes
         problem.summary_query.contiguous(),
     )
     aside = options.visibility == "own"
-    launch = DecodeLaunch(**choose("decode", setting_of(problem.query, kv_heads, chunk, cache.capacity)))
-    if balanced is not None:
-        launch = replace(launch, balanced=balanced)
+    launch = (
+        None if balanced is None else replace(known_launch(problem.query, cache, options), balanced=balanced)
+    )
     try:
         step = DecodeStep(problem.query, cache, options, launch, new=new if aside else None)
     except ValueError as refused:

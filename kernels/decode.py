@@ -146,6 +146,12 @@ class DecodeWorkspace:
         self.partial_statistics = torch.empty(*partial, 2, **single)
 
 
+def known_launch(query: torch.Tensor, cache: DecodeCache, options: DashOptions) -> DecodeLaunch:
+    """What the tables of launches say of a step; arguments as for `DecodeStep`."""
+    setting = setting_of(query, cache.key.shape[1], options.chunk_size, cache.capacity)
+    return DecodeLaunch(**choose("decode", setting))
+
+
 class DecodeStep:
     """One step bound to its tensors; the methods are the stages, `run` is scores to combine.
 
@@ -182,8 +188,7 @@ class DecodeStep:
         if new is not None and (new_tokens > 1 or options.visibility != "own"):
             raise ValueError("scores can append one new token, with visibility `own`; call append for others")
         if launch is None:
-            setting = setting_of(query, kv_heads, options.chunk_size, cache.capacity)
-            launch = DecodeLaunch(**choose("decode", setting))
+            launch = known_launch(query, cache, options)
         self.query, self.cache, self.options, self.new = query, cache, options, new
         self.chunks = triton.cdiv(cache.capacity, options.chunk_size)
         self.group = query_heads // kv_heads

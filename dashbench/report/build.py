@@ -15,7 +15,7 @@ from dashbench.analysis.decide import decide, load_workload
 from dashbench.analysis.overhead import Overhead, overheads
 from dashbench.analysis.pareto import AXES, Pareto, pareto
 from dashbench.analysis.points import AnalysisError, finished, routing_name
-from dashbench.analysis.speedup import Speedup, crossovers, speedups
+from dashbench.analysis.speedup import Crossover, Speedup, crossovers, speedups
 from dashbench.readouts import load
 from dashbench.report import charts, sheets
 from dashbench.report.frontiers import draw_frontiers
@@ -87,7 +87,7 @@ def _frontiers(rows: list[dict[str, Any]], environment: str | None) -> tuple[lis
 
 
 def _in_short(
-    rows: list[dict[str, Any]],
+    crossing: list[Crossover],
     points: dict[Any, list[Speedup]],
     slow: list[Overhead],
     fronts: list[Pareto],
@@ -96,7 +96,7 @@ def _in_short(
     """One sentence for each thing most people ask first."""
     out = []
     usual = [k for k in points if k.cache == "cold" and k.routing == "topics"]
-    found = {c.line: c for c in crossovers(rows)}
+    found = {c.line: c for c in crossing}
     for phase in ("prefill", "decode", "train"):
         here = [k for k in usual if k.phase == phase] or [k for k in points if k.phase == phase]
         # Training cannot be replayed from a graph; where replays were timed they are what counts.
@@ -286,7 +286,9 @@ def build(
     page = _page(
         f"dashbench on {', '.join(device)}",
         counts + ", ".join(s.name for s in stores),
-        _in_short(here, {k: v for k, v in points.items() if k.environment == place}, slow, fronts, checked),
+        _in_short(
+            crossing, {k: v for k, v in points.items() if k.environment == place}, slow, fronts, checked
+        ),
         sections,
         groups,
         _listed(out),
