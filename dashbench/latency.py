@@ -56,6 +56,9 @@ class Bench:
         self.loaded: tuple | None = None
         self.model: Any = None
         self.planted_for: tuple | None = None
+        # How long the prompt of a setting took to read, and its sparsity: the launch of later steps does not
+        # change either, so the second launch reads it once, untimed.
+        self.reading: tuple[str, list[float], dict[str, Any]] | None = None
         folder = suite.spec.kernel_rows
         self.kernel_rows = kernel_rows(Path(folder), self.environment_key) if folder else []
 
@@ -154,19 +157,23 @@ class Bench:
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
         capacity = point.context + point.new_tokens + 1
-        reading: list[float] = []
+        setting = point.model_copy(update={"launch": "eager"}).key()
+        known = self.reading if self.reading and self.reading[0] == setting else None
+        reading: list[float] = list(known[1]) if known else []
+        found = known[2] if known else {}
         sequences = token = None
-        for number in range(point.repeats + 1):  # the first warms up and counts
+        for number in range(1 if known else point.repeats + 1):  # the first warms up and counts
             sequences = None
             sequences = new_sequences(model, point.batch, capacity)
             sequences.counting = number == 0
             began = _now(cuda)
             token = read(model, prompt, sequences).argmax(-1, keepdim=True)
             token.tolist()
-            if number == 0:
-                found = sequences.ledger.summary()["prefill"]
-            else:
+            if number:
                 reading.append(1e3 * (_now(cuda) - began))
+            elif not known:
+                found = sequences.ledger.summary()["prefill"]
+        self.reading = setting, reading, found
         sequences.counting = False
         if point.launch == "graph":
             between, decode = _graph_steps(model, sequences, token, point.new_tokens), None

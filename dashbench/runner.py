@@ -360,8 +360,34 @@ class Runner:
                 return
             held.append(item)
         self._take_turns(held)
+        crowded = self._finish_all(held)
+        if crowded:
+            self._release(p.method for p in runnable)
+            self._one_by_one(crowded)
+
+    def _finish_all(self, held: list[_Held]) -> list[Point]:
+        """Finishes points that took turns; returns those that ran out of memory beside the others.
+
+        A worker that runs out of memory drops all it held, so its other points are lost with it.
+        """
+        crowded: list[Point] = []
+        lost: set[str] = set()
         for item in held:
-            self._finish(item)
+            if item.point.method in lost:
+                crowded.append(item.point)
+                continue
+            answer = self._ask(item.point.method, {"do": "finish", "key": item.point.key()})
+            if answer["status"] == "oom" and self._shares_gpu(item.point):
+                lost.add(item.point.method)
+                crowded.append(item.point)
+                self._release([item.point.method])
+            else:
+                self._write(item, answer)
+        return crowded
+
+    def _shares_gpu(self, point: Point) -> bool:
+        """Whether other workers hold memory of the GPU that this point runs on."""
+        return len(self.workers) > 1 and self._environment(point.method)[0]["kind"] == "cuda"
 
     def _one_by_one(self, points: list[Point]) -> None:
         for point in points:
@@ -388,8 +414,7 @@ class Runner:
         answer = self._ask(point.method, command)
         if answer["status"] == "ready":
             return held
-        crowded = together and len(self.workers) > 1
-        if answer["status"] == "oom" and crowded and self._environment(point.method)[0]["kind"] == "cuda":
+        if answer["status"] == "oom" and together and self._shares_gpu(point):
             return answer
         self._write(held, answer)
         return None

@@ -36,6 +36,8 @@ POISON = (
     "misaligned address",
     "CUDA error",
 )
+GIVE_BACK_BYTES = 2**30
+"""More unused memory than this is returned before a point is timed."""
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "DefaultCPUAllocator")
 
 
@@ -137,6 +139,7 @@ class Worker:
                     "reason": f"replayed from a graph: {gate.detail}",
                     "fields": fields,
                 }
+        self._give_back()
         timer.warm_up()
         self.points[point.key()] = {
             "point": point,
@@ -177,6 +180,7 @@ class Worker:
                 "reason": f"on fresh inputs, after timing: {again.detail}",
                 "fields": fields,
             }
+        self._give_back()
         fields |= result
         fields |= cost.rates(done, result["latency_ms"], self.ceilings_)
         return {"status": "ok", "fields": fields}
@@ -185,6 +189,13 @@ class Worker:
 
     def _device_word(self) -> str:
         return "CPU" if self.device == "cpu" else "GPU"
+
+    def _give_back(self) -> None:
+        """Returns what the gate's reference needed to the GPU: other workers share it."""
+        if self.device == "cuda":
+            unused = self.torch.cuda.memory_reserved() - self.torch.cuda.memory_allocated()
+            if unused > GIVE_BACK_BYTES:
+                self.torch.cuda.empty_cache()
 
     def _spare_bytes(self) -> int:
         if self.device == "cuda":

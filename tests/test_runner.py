@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dashbench.methods import registry
-from dashbench.runner import run_suite
+from dashbench.runner import Runner, run_suite
 from dashbench.store import newest, read_rows
 from dashbench.suite import load_suite
 
@@ -164,3 +164,38 @@ def test_finished_points_are_measured_again_on_request_only(tmp_path):
     assert again.counts == {"ok": 2} and first.counts == {"ok": 4}
     rows = read_rows(first.store)
     assert len(rows) == 6 and len(newest(rows)) == 4
+
+
+def test_what_runs_out_of_memory_beside_others_is_measured_alone(tmp_path, monkeypatch):
+    """The check after timing of one runs out of memory while the other workers hold theirs."""
+    path = suite_file(tmp_path, "[dense@math, dense@flash, dense@efficient]")
+    loaded = load_suite(path)
+    asked, loaded_now = [], set()
+    environment = {"kind": "cuda", "device": "fake", "capability": [9, 0], "memory_bytes": 8e10}
+
+    def ask(self, method, command):
+        self.workers[method] = object()
+        asked.append((method, command["do"]))
+        if command["do"] == "release":
+            loaded_now.discard(method)
+        elif command["do"] == "prepare":
+            loaded_now.add(method)
+            return {"status": "ready"}
+        elif command["do"] == "finish":
+            if method == "dense@flash" and len(loaded_now) > 1:
+                return {"status": "oom", "reason": "out of memory"}
+            loaded_now.discard(method)
+            fields = {"latency_ms": 1.0, "latency_ci_ms": [1.0, 1.0], "samples": [1.0], "timing": {}}
+            check = {"passed": True, "rows": 1}
+            return {"status": "ok", "fields": {**fields, "checked": check, "recheck": check}}
+        return {"status": "ok", "ceilings": {}, "samples": 3, "done": "precise"}
+
+    monkeypatch.setattr(Runner, "_ask", ask)
+    monkeypatch.setattr(Runner, "_environment", lambda self, method: (environment, "fake0000"))
+    monkeypatch.setattr(Runner, "close", lambda self: None)
+    monkeypatch.setattr("dashbench.runner.skip_reason", lambda *_: None)
+    summary = run_suite(loaded, tmp_path / "out")
+    assert summary.counts == {"ok": 3}
+    rows = {r["method"]: r for r in newest(read_rows(summary.store))}
+    assert rows["dense@math"]["timing"]["interleaved"] and not rows["dense@flash"]["timing"]["interleaved"]
+    assert asked.count(("dense@flash", "prepare")) == 2 and asked.count(("dense@math", "prepare")) == 1
