@@ -80,10 +80,11 @@ def latency_panels(rows: Iterable[dict[str, Any]]) -> dict[Panel, dict[str, Any]
     return panels
 
 
-def _panel_title(panel: Panel, cache: str, launch: str, routings: int) -> str:
+def _panel_title(panel: Panel, cache: str, launch: str, routings: int, target: float | None = None) -> str:
     phase, batch, routing = panel
     way = "CUDA-graph replay" if launch == "graph" else "launched eagerly"
     what = f"{phase}, batch {batch}" + (f", routing {routing}" if routings > 1 else "")
+    what += f", S {100 * target:g} %" if target is not None else ""
     return f"{what} ({cache} cache, {way})"
 
 
@@ -106,6 +107,26 @@ def _spread(values: Sequence[float], gap: float) -> list[float]:
     for position, index in zip(placed, order, strict=True):
         out[index] = position
     return out
+
+
+Series = dict[tuple[str, float | None], list[tuple[float, ...]]]
+CROWD = 6
+"""More lines than this of several sparse methods are drawn in a panel a sparsity."""
+
+
+def facets(series: Series) -> list[tuple[float | None, Series]]:
+    """One panel, or one a sparsity, the dense lines in each, where lines would cover each other.
+
+    Returns:
+        (sparsity or None, its lines), in order.
+    """
+    targets = sorted({target for _, target in series if target is not None})
+    methods = {method for method, target in series if target is not None}
+    if len(series) <= CROWD or len(targets) < 2 or len(methods) < 2:
+        return [(None, series)]
+    return [
+        (t, {(m, None): points for (m, at), points in series.items() if at in (None, t)}) for t in targets
+    ]
 
 
 def _panel_axes(count: int):
@@ -269,16 +290,19 @@ def draw_latency(rows: Iterable[dict[str, Any]], path: Path, title: str = "") ->
         return False
     import matplotlib
 
+    drawn = [
+        (where, panel["cache"], panel["launch"], target, series)
+        for where, panel in panels.items()
+        for target, series in facets(panel["series"])
+    ]
     with matplotlib.rc_context(STYLE):
-        figure, axes = _panel_axes(len(panels))
-        palette = Palette(key for panel in panels.values() for key in panel["series"])
+        figure, axes = _panel_axes(len(drawn))
+        palette = Palette(key for *_, series in drawn for key in series)
         routings = len({panel[2] for panel in panels})
-        for axis, (where, panel) in zip(axes, panels.items(), strict=True):
-            draw_lines(axis, palette, panel["series"])
+        for axis, (where, cache, launch, target, series) in zip(axes, drawn, strict=True):
+            draw_lines(axis, palette, series)
             axis.set_ylabel("latency (ms, median and 95 % interval)")
-            axis.set_title(
-                _panel_title(where, panel["cache"], panel["launch"], routings), fontsize=9, loc="left"
-            )
+            axis.set_title(_panel_title(where, cache, launch, routings, target), fontsize=9, loc="left")
         save(figure, path, title)
     return True
 
@@ -306,18 +330,19 @@ def draw_speedup(rows: Iterable[dict[str, Any]], path: Path, title: str = "") ->
         return False
     import matplotlib
 
+    drawn = []
+    for where in sorted(panels, key=_panel_order):
+        way = next(way for way in TIMING_PREFERENCE if way in panels[where])
+        series = dict(sorted(panels[where][way].items(), key=str))
+        drawn += [(where, *way, target, lines) for target, lines in facets(series)]
     with matplotlib.rc_context(STYLE):
-        figure, axes = _panel_axes(len(panels))
-        palette = Palette(
-            key for ways in panels.values() for series in ways.values() for key in sorted(series, key=str)
-        )
+        figure, axes = _panel_axes(len(drawn))
+        palette = Palette(key for *_, lines in drawn for key in lines)
         routings = len({panel[2] for panel in panels})
-        for axis, where in zip(axes, sorted(panels, key=_panel_order), strict=True):
-            cache, launch = next(way for way in TIMING_PREFERENCE if way in panels[where])
+        for axis, (where, cache, launch, target, lines) in zip(axes, drawn, strict=True):
             axis.axhline(1.0, color="#999999", linewidth=1)
-            series = panels[where][cache, launch]
-            draw_lines(axis, palette, dict(sorted(series.items(), key=str)))
+            draw_lines(axis, palette, lines)
             axis.set_ylabel("speedup over best dense")
-            axis.set_title(_panel_title(where, cache, launch, routings), fontsize=9, loc="left")
+            axis.set_title(_panel_title(where, cache, launch, routings, target), fontsize=9, loc="left")
         save(figure, path, title)
     return True

@@ -118,7 +118,7 @@ BUILT_IN: tuple[Method, ...] = (
         knob="scaling_factor",
         knob_kind="bisect",
         min_capability=(8, 0),
-        tested="torch 2.11 and triton 3.6 on an H200, Triton's interpreter",
+        tested="torch 2.11 and triton 3.6 on an H200 and an H100, Triton's interpreter",
         family="dash",
     ),
     Method(
@@ -141,7 +141,7 @@ BUILT_IN: tuple[Method, ...] = (
         knob="top_k",
         knob_kind="arithmetic",
         min_capability=(8, 0),
-        tested="Triton's interpreter",
+        tested="torch 2.11 and triton 3.6 on an H100 (prefill, decode), Triton's interpreter",
         family="nsa",
     ),
     Method(
@@ -152,7 +152,7 @@ BUILT_IN: tuple[Method, ...] = (
         knob="top_k",
         knob_kind="arithmetic",
         min_capability=(8, 0),
-        tested="Triton's interpreter",
+        tested="torch 2.11 and triton 3.6 on an H100 (prefill, decode), Triton's interpreter",
         family="infllmv2",
     ),
     Method(
@@ -188,7 +188,7 @@ BUILT_IN: tuple[Method, ...] = (
         knob_kind="arithmetic",
         requires={"fla": "fla-core==0.6.0"},
         min_capability=(8, 0),
-        tested="fla-core 0.6.0 on an H200 (prefill, decode)",
+        tested="fla-core 0.6.0 on an H200 (prefill, decode) and an H100 (decode)",
         family="nsa",
     ),
     Method(

@@ -264,7 +264,8 @@ def classify(problem: BaseException) -> dict[str, Any]:
         return {"status": "skipped", "reason": text}
     whole = str(problem)
     if isinstance(problem, MemoryError) or any(words in whole for words in OUT_OF_MEMORY):
-        return {"status": "oom", "reason": f"out of memory: {text}"}
+        # CUDA's message goes on with every process on the GPU; the log has it.
+        return {"status": "oom", "reason": f"out of memory: {text.partition(' GPU 0 has')[0]}"}
     if any(words in whole for words in POISON):
         return {
             "status": "crashed",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -43,26 +44,97 @@ def draw_speedups(points: dict[Line, list[Speedup]], folder: Path) -> dict[str, 
     }
 
 
+CROWD = 6
+"""More lines than this of several methods are drawn in a panel a sparsity."""
+
+
 def _figure(batches: dict[int, dict], phase: str, routing: str) -> Any:
+    chosen = {}
+    for batch, ways in sorted(batches.items()):
+        way = next(w for w in TIMING_PREFERENCE if w in ways)
+        order = sorted(ways[way].items(), key=lambda x: (x[0].method, x[0].sparsity_target or 0))
+        chosen[batch] = way, dict(order)
+    lines = [line for _, members in chosen.values() for line in members]
+    targets = sorted({line.sparsity_target for line in lines if line.sparsity_target is not None})
+    crowded = max(len(members) for _, members in chosen.values()) > CROWD
+    if crowded and len(targets) > 1 and len({line.method for line in lines}) > 1:
+        return _grid(chosen, targets, phase, routing)
     with column() as plt:
         figure, axes = plt.subplots(
-            len(batches), 1, figsize=(COLUMN_INCHES, 2.25 * len(batches)), squeeze=False, sharex=False
+            len(chosen), 1, figsize=(COLUMN_INCHES, 2.25 * len(chosen)), squeeze=False, sharex=False
         )
-        for axis, (batch, ways) in zip(axes.flat, sorted(batches.items()), strict=True):
-            way = next(w for w in TIMING_PREFERENCE if w in ways)
-            lines = dict(sorted(ways[way].items(), key=lambda x: (x[0].method, x[0].sparsity_target or 0)))
-            _panel(axis, lines)
-            timed = "CUDA-graph replay" if way[1] == "graph" else "launched eagerly"
-            extra = "" if routing == "topics" else f", {routing}"
-            axis.set_title(f"{phase}, batch {batch}{extra} ({way[0]} cache, {timed})", loc="left")
+        for axis, (batch, (way, members)) in zip(axes.flat, chosen.items(), strict=True):
+            _panel(axis, members, Palette((m.method, m.sparsity_target) for m in members))
+            axis.set_ylabel("speedup over best dense")
+            axis.set_title(_title(phase, batch, routing, way), loc="left")
         return figure
 
 
-def _panel(axis: Any, lines: dict[Line, list[Speedup]]) -> None:
-    palette = Palette((line.method, line.sparsity_target) for line in lines)
+def _title(phase: str, batch: int, routing: str, way: tuple[str, str]) -> str:
+    timed = "CUDA-graph replay" if way[1] == "graph" else "launched eagerly"
+    extra = "" if routing == "topics" else f", {routing}"
+    return f"{phase}, batch {batch}{extra} ({way[0]} cache, {timed})"
+
+
+def _grid(chosen: dict[int, tuple], targets: list[float], phase: str, routing: str) -> Any:
+    """A row a batch, a column a sparsity, a line a method."""
+    with column() as plt:
+        size = (1.75 * len(targets) + 1.0, 2.2 * len(chosen) + 0.2)
+        figure, axes = plt.subplots(
+            len(chosen),
+            len(targets),
+            figsize=size,
+            squeeze=False,
+            sharex=True,
+            sharey=True,
+            layout="constrained",
+        )
+        palette = Palette((line.method, None) for _, members in chosen.values() for line in members)
+        for number, (batch, (_, members)) in enumerate(chosen.items()):
+            row = axes[number]
+            for axis, target in zip(row, targets, strict=True):
+                here = {line: found for line, found in members.items() if line.sparsity_target == target}
+                if here:
+                    _panel(axis, here, palette, names=False)
+                axis.set_title(f"batch {batch}, S {100 * target:g} %", loc="left")
+                axis.set_xlabel("context (tokens)" if number == len(axes) - 1 else "")
+                axis.tick_params(axis="x", labelrotation=0)
+            row[0].set_ylabel("speedup over best dense")
+        way = next(iter(chosen.values()))[0]
+        low, high = _limits(line for _, members in chosen.values() for line in members.items())
+        contexts = [p.row["context"] for _, members in chosen.values() for m in members.values() for p in m]
+        for axis in axes.flat:
+            axis.set_ylim(low, high)
+            axis.set_yticks([n for n in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20) if low <= n <= high])
+            axis.set_xlim(min(contexts) / 1.3, max(contexts) * 1.3)
+            # Every other length: the panels are narrow.
+            axis.set_xticks(sorted({n for n in contexts if n & (n - 1) == 0 and n.bit_length() % 2}))
+        methods = sorted({line.method for _, members in chosen.values() for line in members})
+        handles = [
+            plt.Line2D([], [], color=palette.style((m, None))[0], linestyle=palette.style((m, None))[1],
+                       marker="o", markersize=2.5, label=m)
+            for m in methods
+        ]  # fmt: skip
+        figure.legend(handles=handles, loc="outside upper right", ncols=len(methods), frameon=False)
+        timed = "CUDA-graph replay" if way[1] == "graph" else "launched eagerly"
+        extra = "" if routing == "topics" else f", {routing}"
+        figure.suptitle(f"{phase}{extra} ({way[0]} cache, {timed})", x=0.01, ha="left")
+        return figure
+
+
+def _limits(lines: Iterable[tuple[Line, list[Speedup]]]) -> tuple[float, float]:
+    """Range of a speedup axis: all intervals, and one."""
+    points = [p for _, members in lines for p in members]
+    return min(min(p.ratio.low for p in points) / 1.2, 0.85), max(
+        max(p.ratio.high for p in points) * 1.2, 1.2
+    )
+
+
+def _panel(axis: Any, lines: dict[Line, list[Speedup]], palette: Palette, names: bool = True) -> None:
+    """Lines with intervals; `names`: written at their ends, and dashes tell sparsities apart."""
     ends = []
     for line, members in lines.items():
-        shade, dashes = palette.style((line.method, line.sparsity_target))
+        shade, dashes = palette.style((line.method, line.sparsity_target if names else None))
         x = [p.row["context"] for p in members]
         y = [p.ratio.value for p in members]
         error = [
@@ -75,11 +147,9 @@ def _panel(axis: Any, lines: dict[Line, list[Speedup]]) -> None:
         )  # fmt: skip
         ends.append((y[-1], _label(line), shade))
     context_axis(axis, (p.row["context"] for members in lines.values() for p in members))
-    axis.set_ylabel("speedup over best dense")
-    log_values(axis)
-    low = min(p.ratio.low for members in lines.values() for p in members)
-    high = max(p.ratio.high for members in lines.values() for p in members)
-    axis.set_ylim(min(low / 1.2, 0.85), max(high * 1.2, 1.2))
+    axis.set_yscale("log")
+    axis.set_ylim(*_limits(lines.items()))
     log_values(axis)
     axis.axhline(1.0, color="#999999", linewidth=0.8, zorder=0)
-    label_ends(axis, ends)
+    if names:
+        label_ends(axis, ends)
