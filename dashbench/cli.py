@@ -81,6 +81,10 @@ def run(
     again: Annotated[
         bool, typer.Option("--again", help="measure finished points once more; the newest row counts")
     ] = False,
+    jobs: Annotated[
+        int,
+        typer.Option(min=1, help="processes that answer beside each other (accuracy suites)", metavar="N"),
+    ] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")] = False,
 ) -> None:
     """Measure every point of SUITE that is not finished yet. Run it again to go on where it stopped."""
@@ -90,6 +94,8 @@ def run(
         return
     if again and _load(suite).spec.kind == "train":
         stop("--again: a training suite is trained again by giving another --out")
+    if jobs > 1 and _load(suite).spec.kind != "accuracy":
+        stop("--jobs: only questions of accuracy suites can be answered beside each other")
     from dashbench.progress import Progress
     from dashbench.runner import WorkerFailed
     from dashbench.store import StoreError
@@ -103,6 +109,7 @@ def run(
         try:
             run_kind = imported(loaded.spec.RUN)
             more = {"again": True} if again else {}
+            more |= {"jobs": jobs} if jobs > 1 else {}
             summary = run_kind(loaded, folder, names, budget, retry_failed, progress.event, **more)
         except (StoreError, WorkerFailed) as problem:
             progress.stop()

@@ -125,6 +125,7 @@ def run_suite(
 
 
 def _stage(suite, out, stage, points, store, summary, environment, until, on_event) -> None:
+    from dashbench.miniature.cards import write_card
     from dashbench.miniature.stages import train_base, train_continuation
 
     spec, first_seed = suite.spec, points[0].base_seed
@@ -175,3 +176,5 @@ def _stage(suite, out, stage, points, store, summary, environment, until, on_eve
         reason = f"{type(problem).__name__}: {str(problem).splitlines()[0] if str(problem) else ''}"
         for number in range(reported + 1, REPORTS + 1):
             write(number, status, {"reason": reason})
+    if reported == REPORTS:
+        write_card(folder, spec, [store.find(point.key(), environment[1]) for point in points])

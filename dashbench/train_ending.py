@@ -73,16 +73,20 @@ def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
     """Loss, mean exact match at the longest length, and sparsity, against tokens, a line a stage."""
     from matplotlib.figure import Figure
 
+    from dashbench.figures import FAMILY_COLOURS
+
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     axes = figure.subplots(1, 3)
     for (stage, method, seed), reports in stages(rows).items():
         tokens = [r["tokens"] / 1e6 for r in reports]
         score = [list(mean_by_length(r["exact_match"]).values())[-1] for r in reports]
-        name = f"{stage} {method}" + (f", seed {seed}" if seed else "")
+        base = stage == "base"
+        name = ("base" if base else method) + (f", seed {seed}" if seed else "")
+        look = {"color": FAMILY_COLOURS[method], "linestyle": ":" if base else "-"}
         for axis, values in zip(
             axes, ([r["loss"] for r in reports], score, [r["s_flop"] for r in reports]), strict=True
         ):
-            axis.plot(tokens, values, marker=".", label=name)
+            axis.plot(tokens, values, marker=".", label=name, **look)
     for axis, title in zip(axes, ("loss of answers", "exact match, longest", "S_flop"), strict=True):
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("million tokens")

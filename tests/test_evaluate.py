@@ -1,6 +1,7 @@
 """Accuracy suites: RULER's own scores, prompts frozen, every answer stored at once and none asked twice."""
 
 import json
+import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,33 @@ def test_a_suite_is_answered_once_and_goes_on_where_it_stopped(tmp_path, checkpo
     assert (second.already, second.counts) == (5, {"ok": 7})
     again = {r["key"]: (r["answer"], r["score"]) for r in newest(read_rows(first.store))}
     assert again == {r["key"]: (r["answer"], r["score"]) for r in rows}
+
+
+def test_two_processes_answer_as_one_does_and_one_that_dies_is_a_row(tmp_path, checkpoints, prompts):
+    loaded = load_suite(suite(tmp_path, checkpoints, prompts, "[niah_single_1]"))
+    alone = run_suite(loaded, tmp_path / "alone")
+    killed = []
+
+    def kill_one(event):
+        """After the first answer."""
+        if event.kind == "row" and not killed:
+            child = multiprocessing.active_children()[0]
+            killed.append(child.pid)
+            child.kill()
+            child.join()
+
+    both = run_suite(loaded, tmp_path / "both", jobs=2, on_event=kill_one)
+    assert killed and both.counts["ok"] + both.counts.get("crashed", 0) == 6
+    rows = newest(read_rows(both.store))
+    crashed = [r for r in rows if r["status"] == "crashed"]
+    assert len(crashed) <= 1 and all("died (exit code -9)" in r["reason"] for r in crashed)
+    again = run_suite(loaded, tmp_path / "both", retry_failed=True)
+    assert again.counts.get("ok", 0) == len(crashed)
+    answers = [
+        {r["key"]: (r["answer"], r["score"], r["s_flop"]) for r in newest(read_rows(s))}
+        for s in (alone.store, both.store)
+    ]
+    assert answers[0] == answers[1] and not multiprocessing.active_children()
 
 
 def test_targets_are_calibrated_on_other_prompts(tmp_path, checkpoints, prompts):

@@ -86,6 +86,16 @@ def test_every_tenth_is_a_row_and_the_loss_falls(ran):
     assert [r["tokens"] for r in dash] == [r["tokens"] for r in dense]
 
 
+def test_every_checkpoint_has_a_card_of_its_rows(ran):
+    folder = ran[0] / "out"
+    rows = {(r["stage"], r["method"], r["report"]): r for r in read_rows(folder / "tiny.jsonl")}
+    for name, stage in (("base", "base"), ("dense", "continuation"), ("dash", "continuation")):
+        text = (folder / "checkpoints" / name / "README.md").read_text()
+        last = rows[stage, "dense" if name == "base" else name, REPORTS]
+        assert last["checkpoint"] in text and f"{last['exact_match']['single/needles@192']:.1%}" in text
+        assert text.count("\n| ") > REPORTS and "alpha 1.5" in text if name == "dash" else "γ" not in text
+
+
 def test_checkpoints_load_here_and_in_transformers(ran):
     folder = ran[0] / "out" / "checkpoints"
     model, kind, settings = load_checkpoint(folder / "dash", torch.float32, "cpu")
