@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gzip
 import json
 import os
 from collections.abc import Iterator
@@ -121,12 +122,12 @@ class Store:
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     try:
-        with open(path, "rb") as file:
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
             yield from enumerate(file, 1)
     except FileNotFoundError:
         return
-    except OSError as problem:
-        raise StoreError(f"cannot read {path}: {problem.strerror}") from None
+    except (OSError, EOFError) as problem:
+        raise StoreError(f"cannot read {path}: {getattr(problem, 'strerror', None) or problem}") from None
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -158,14 +159,15 @@ def newest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def store_files(path: Path) -> list[Path]:
-    """The row files that a path given by a user means: a file, or the `.jsonl` files of a folder.
+    """The row files that a path given by a user means: a file, or the `.jsonl` files of a folder and those
+    that were packed with gzip (`.jsonl.gz`; a large study's, for reading only).
 
     Raises:
         StoreError: there is none.
     """
     if path.is_file():
         return [path]
-    found = sorted(path.glob("*.jsonl")) if path.is_dir() else []
+    found = sorted([*path.glob("*.jsonl"), *path.glob("*.jsonl.gz")]) if path.is_dir() else []
     if not found:
         raise StoreError(f"{path}: no rows here (expected a .jsonl file, or a folder that holds some)")
     return found

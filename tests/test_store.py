@@ -1,6 +1,7 @@
 """The store loses nothing that was finished, whatever happens to the process, the file or the disk."""
 
 import errno
+import gzip
 import json
 import os
 import time
@@ -148,3 +149,16 @@ def test_what_is_no_store_is_said_so(tmp_path):
     with pytest.raises(StoreError, match="no rows here"):
         store_files(tmp_path / "nowhere")
     assert store_files(tmp_path) == [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+
+
+def test_packed_rows_are_read_too(tmp_path):
+    with Store(tmp_path / "s.jsonl") as store:
+        for number in range(3):
+            store.append(row(number))
+    (tmp_path / "big.jsonl.gz").write_bytes(gzip.compress((tmp_path / "s.jsonl").read_bytes()))
+    assert [p.name for p in store_files(tmp_path)] == ["big.jsonl.gz", "s.jsonl"]
+    assert read_rows(tmp_path / "big.jsonl.gz") == read_rows(tmp_path / "s.jsonl")
+    cut = (tmp_path / "big.jsonl.gz").read_bytes()[:-20]
+    (tmp_path / "big.jsonl.gz").write_bytes(cut)
+    with pytest.raises(StoreError, match=r"cannot read .*big\.jsonl\.gz"):
+        read_rows(tmp_path / "big.jsonl.gz")
