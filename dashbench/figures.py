@@ -231,7 +231,8 @@ def save(figure: Any, path: Path, title: str) -> None:
 
     if title:
         figure.suptitle(title, fontsize=10, x=0.01, ha="left")
-    figure.tight_layout()
+    if figure.get_layout_engine() is None:
+        figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     # No dates or versions in the file: the same rows give the same bytes.
     metadata = {".png": {"Software": None}, ".svg": {"Date": None}}.get(path.suffix, {"CreationDate": None})

@@ -77,7 +77,7 @@ class DecodeLaunch:
         route_warps: warps of a route program.
         overlap: launch each kernel before the previous one has drained (capability 9.0 and later).
         balanced: every program attends an equal share of all groups' chunks; without it each group has the
-            same number of programs, however long its list. Up to `BALANCED_GROUPS` groups; not measured.
+            same number of programs, however long its list. Up to `BALANCED_GROUPS` groups; see LOG.md for where it pays.
     """
 
     splits: int | None = None
@@ -146,10 +146,20 @@ class DecodeWorkspace:
         self.partial_statistics = torch.empty(*partial, 2, **single)
 
 
+BALANCED_FROM_GROUPS, BALANCED_FROM_TOKENS = 16, 98304
+
+
 def known_launch(query: torch.Tensor, cache: DecodeCache, options: DashOptions) -> DecodeLaunch:
-    """What the tables of launches say of a step; arguments as for `DecodeStep`."""
-    setting = setting_of(query, cache.key.shape[1], options.chunk_size, cache.capacity)
-    return DecodeLaunch(**choose("decode", setting))
+    """What the tables of launches say of a step; arguments as for `DecodeStep`.
+
+    A rule that does not speak of `balanced` leaves it to the size of the step: on an H100 it took 9 % off 16
+    groups of 128k tokens at 75 % sparsity, changed nothing at 32k and cost a tenth at 2 groups (LOG.md).
+    """
+    kv_heads = cache.key.shape[1]
+    setting = setting_of(query, kv_heads, options.chunk_size, cache.capacity)
+    groups = query.shape[0] * query.shape[2] * kv_heads
+    large = groups >= BALANCED_FROM_GROUPS and cache.capacity >= BALANCED_FROM_TOKENS
+    return DecodeLaunch(**{"balanced": query.is_cuda and large, **choose("decode", setting)})
 
 
 class DecodeStep:

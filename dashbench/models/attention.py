@@ -148,6 +148,8 @@ def _continued(module, state, query, key, value, new, sequences) -> tuple[Tensor
     layer, tokens, length = module.layer_idx, query.shape[2], key.shape[2]
     if state.kind == "dense":
         return _dense(state, query, key, value), None
+    if tokens == length:  # slices of the buffers are not contiguous, and the fastest kernels want that
+        key, value = (x.contiguous() for x in new)
     if state.kind != "dash":
         return _whole(module, state, query, key, value, sequences.compressed[layer])
     options = dash_options(state.settings)
@@ -160,7 +162,7 @@ def _continued(module, state, query, key, value, new, sequences) -> tuple[Tensor
         out, active = _whole(module, state, query, key, value)
         plain = module.indexer_q.view(key.shape[1], key.shape[3])
         cache.clear()
-        cache.append(*(x.contiguous() for x in new), plain)
+        cache.append(key, value, plain)
         _rotated_summaries(module, state, cache, 0, length)
         return out, active
     if sequences.static:

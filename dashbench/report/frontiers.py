@@ -88,7 +88,9 @@ def _sparsities(axis: Any) -> None:
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     low, _ = axis.get_xlim()
-    axis.xaxis.set_major_locator(FixedLocator([2.0**-i for i in range(10) if 2.0**-i >= 0.8 * low]))
+    halvings = [2.0**-i for i in range(10) if 2.0**-i >= 0.8 * low]
+    fine = [1.0, 0.9, 0.8, 0.7, 0.6, 0.5]  # where little is left out, halvings alone would be one tick
+    axis.xaxis.set_major_locator(FixedLocator(halvings if low < 0.3 else [n for n in fine if n >= 0.8 * low]))
     axis.xaxis.set_minor_locator(NullLocator())
     axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * (1 - v):.4g} %"))
     axis.invert_xaxis()
