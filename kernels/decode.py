@@ -77,7 +77,8 @@ class DecodeLaunch:
         route_warps: warps of a route program.
         overlap: launch each kernel before the previous one has drained (capability 9.0 and later).
         balanced: every program attends an equal share of all groups' chunks; without it each group has the
-            same number of programs, however long its list. Up to `BALANCED_GROUPS` groups; see LOG.md for where it pays.
+            same number of programs, however long its list. Up to `BALANCED_GROUPS` groups; LOG.md says where
+            it pays.
     """
 
     splits: int | None = None

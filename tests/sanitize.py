@@ -6,6 +6,9 @@
 Every tensor gets an allocation of its own (`PYTORCH_NO_CUDA_MEMORY_CACHING`), so that a step outside one is
 seen. Run it once without the checker before: compiling under it takes minutes. `python tests/sanitize.py
 NAME …` runs the calls whose names contain one of the words.
+
+racecheck reports the compiler's own hand-over to the specialised warps of attend_hopper, and nothing else;
+`test_operator_gpu.dispatch_lines` says why that is none.
 """
 
 from __future__ import annotations
@@ -75,6 +78,22 @@ def decode(new_tokens=1, page_size=None, pad=None, beside=False, overlap=False, 
     step.run()
 
 
+def rival(name, train=False):
+    """NSA or InfLLMv2 on the same building blocks, with what each compresses and selects."""
+    from dashbench.baselines.infllmv2 import infllmv2_attention
+    from dashbench.baselines.nsa import nsa_attention
+
+    q, k, v, _ = (x.requires_grad_(train) for x in drawn(200))
+    with torch.set_grad_enabled(train):
+        if name == "nsa":
+            gates = torch.rand(*q.shape[:3], 3, device=q.device, dtype=q.dtype)
+            out = nsa_attention(q, k, v, gates, top_k=3)
+        else:
+            out = infllmv2_attention(q, k, v, top_k=2, init_blocks=1, local_blocks=1)
+    if train:
+        out.float().sum().backward()
+
+
 def device_tensor(*values):
     return torch.tensor(values, dtype=torch.int32, device=DEVICE)
 
@@ -94,6 +113,10 @@ CALLS = {
     "train deterministic": lambda: operator(200, train=True, deterministic=True),
     "train packed": lambda: operator(130, train=True, cu_seqlens=device_tensor(0, 67, 130)),
     "train padded": lambda: operator(150, train=True, left_padding=device_tensor(70)),
+    "infllmv2": lambda: rival("infllmv2"),
+    "infllmv2 train": lambda: rival("infllmv2", train=True),
+    "nsa": lambda: rival("nsa"),
+    "nsa train": lambda: rival("nsa", train=True),
     "decode": lambda: decode(),
     "decode beside": lambda: decode(beside=True),
     "decode overlapping": lambda: decode(overlap=True),
