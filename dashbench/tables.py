@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -52,7 +52,19 @@ def results_table(rows: Iterable[dict[str, Any]]) -> Table:
 
 
 def trouble_lines(rows: Iterable[dict[str, Any]]) -> list[str]:
-    """One line for each reason why points have no time, most frequent first: `3 skipped: fa3: needs a
-    GPU`."""
-    counts = Counter((r["status"], r["method"], r["reason"]) for r in rows if r["status"] != "ok")
-    return [f"{n} {status}: {method}: {reason}" for (status, method, reason), n in counts.most_common()]
+    """One line for each reason why points have no time, most frequent first: `3 skipped: fa3: needs a GPU`.
+
+    Reasons that differ in numbers alone are one line, with the first of them: `14 skipped: nsa@fla: … not 66
+    (and 13 with other numbers)`.
+    """
+    alike: dict[tuple[str, str, str], list[str]] = {}
+    for r in rows:
+        if r["status"] != "ok":
+            plain = re.sub(r"\d+(\.\d+)?(e[+-]?\d+)?", "#", r["reason"] or "")
+            alike.setdefault((r["status"], r["method"], plain), []).append(r["reason"])
+    lines = []
+    for (status, method, _), reasons in sorted(alike.items(), key=lambda item: -len(item[1])):
+        others = sum(reason != reasons[0] for reason in reasons)
+        more = f" (and {others} with other numbers)" if others else ""
+        lines.append(f"{len(reasons)} {status}: {method}: {reasons[0]}{more}")
+    return lines

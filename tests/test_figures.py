@@ -86,3 +86,11 @@ def test_table_shows_measured_sparsity_and_leaves_failures_to_the_trouble_lines(
     if width == 160:
         assert "75.1 %" in out.getvalue() and "nsa" not in out.getvalue()
     assert trouble_lines(ROWS) == ["1 skipped: nsa: needs a GPU"]
+    told = [
+        {"status": "skipped", "method": "nsa@fla", "reason": f"at most 32 blocks, not {n}"}
+        for n in (66, 66, 150)
+    ]
+    assert trouble_lines(told) == ["3 skipped: nsa@fla: at most 32 blocks, not 66 (and 1 with other numbers)"]
+    assert (
+        trouble_lines([*told, {"status": "oom", "method": "dash", "reason": None}])[1] == "1 oom: dash: None"
+    )

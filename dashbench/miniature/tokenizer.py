@@ -10,7 +10,7 @@ from __future__ import annotations
 from itertools import product
 from pathlib import Path
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 SPECIAL_TOKENS = ("<s>", "</s>")
 PATTERN = r"\p{N}{1,3}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -49,7 +49,8 @@ def train_tokenizer(vocabulary_size: int, sentences: list[str], words: list[str]
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, longest: int) -> None:
-    """Writes what `AutoTokenizer.from_pretrained(folder)` reads.
+    """Writes what `AutoTokenizer.from_pretrained(folder)` reads; it begins every prompt with `<s>`, as every
+    row of training does (without it NSA answers nothing).
 
     Args:
         tokenizer: as trained.
@@ -58,8 +59,12 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, longest: int) -> None:
     """
     from transformers import PreTrainedTokenizerFast
 
+    own = Tokenizer.from_str(tokenizer.to_str())
+    own.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", own.token_to_id("<s>"))]
+    )
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+        tokenizer_object=own,
         bos_token="<s>",
         eos_token="</s>",
         pad_token="</s>",
