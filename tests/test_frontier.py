@@ -10,10 +10,12 @@ from accuracy_rows import accuracy_row, study
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from kernel_rows import row as kernel_row
 from typer.testing import CliRunner
 
 from dashbench.analysis.accuracy import paired_tests, samples_needed, scores
 from dashbench.analysis.frontier import attainment, hypervolume, nondominated
+from dashbench.analysis.joining import KernelCosts
 from dashbench.analysis.pareto import pareto
 from dashbench.analysis.points import AnalysisError
 from dashbench.analysis.statistics import holm
@@ -148,3 +150,22 @@ def test_stores_with_nothing_to_compare_say_so(tmp_path):
     two = study(5) + [{**r, "environment_key": "other", "key": r["key"][::-1]} for r in study(5)]
     with pytest.raises(AnalysisError, match="environment"):
         pareto(two)
+
+
+def test_one_implementation_of_a_method_is_one_line():
+    """Others' kernels are a method's cost only where ours was not measured, however fast they are."""
+
+    def timed(method, context, ms, s_flop):
+        return kernel_row(method, context, [ms] * 9, s_flop=s_flop)
+
+    both = [
+        timed("nsa", 4096, 2.0, 0.75),
+        timed("nsa@fla", 4096, 1.0, 0.75),
+        timed("nsa@fla", 8192, 1.0, 0.75),
+    ]
+    costs = KernelCosts(both, "prefill", 1, "latency_ms")
+    assert costs.lengths("nsa") == [4096] and costs.cost("nsa", 0.75, 4096).value == pytest.approx(2.0)
+    theirs = KernelCosts(both[1:], "prefill", 1, "latency_ms")
+    assert theirs.lengths("nsa") == [4096, 8192] and theirs.cost("nsa", 0.75, 4096).value == pytest.approx(
+        1.0
+    )
