@@ -70,6 +70,9 @@ class Continuation(Closed):
     lengths: list[int] = Field(min_length=1, description="context lengths, in turns")
     rate: float = Field(gt=0, description="peak learning rate of AdamW")
     warmup: int = Field(default=20, ge=0, description="steps")
+    summary_ratio: float = Field(
+        default=1.0, gt=0, description="rate of DashAttention's summary queries over the others'"
+    )
     mix: MixEntry = Field(default_factory=MixEntry, description="what rows are made of")
     settings: dict[Literal[METHODS], dict[str, Any]] = Field(
         default_factory=dict, description="settings of a method in place of its defaults"
@@ -128,7 +131,10 @@ class TrainSuite(BaseModel):
         """Hash of what decides a stage's outcome: its own section, and for a continuation the base's too."""
         told = self.model_dump(mode="json", include={"model", "pieces", "base", "evaluation"})
         if stage == "continuation":
-            own = self.continuation.model_dump(mode="json", exclude={"methods", "seeds", "settings"})
+            apart = {"methods", "seeds", "settings", "summary_ratio"}
+            own = self.continuation.model_dump(mode="json", exclude=apart)
+            if method == "dash":  # other methods have no summary queries
+                own["summary_ratio"] = self.continuation.summary_ratio
             told["continuation"] = own | {"settings": self.continuation.settings.get(method, {})}
         told["evaluation"]["sweep"] = self.evaluation.sweep.get(method) if stage == "continuation" else None
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]

@@ -184,6 +184,17 @@ def test_the_summary_query_is_pushed_downhill(pieces):
     assert (losses[0] - losses[1]) / (2 * step) == pytest.approx(norm**2, rel=0.05)
 
 
+def test_summary_queries_have_a_rate_of_their_own(pieces):
+    """Their first step is the rate however small σ makes the gradient: Adam's ε is far below it."""
+    torch.manual_seed(0)
+    model = Llama(TINY)
+    swap_attention(model, "dash", {"chunk_size": 16, "sigma": 1e6, "scaling_factor": 4.0})
+    trainer = Trainer(model, pieces, torch.tensor(1e-3), summary_ratio=10.0)
+    trainer.step(mix("cpu", needles_only=1.0), 4, 128)
+    moved = [p.detach().abs() for n, p in model.named_parameters() if n.endswith("indexer_q")]
+    assert moved and all(abs(float(p[p > 0].median()) - 1e-2) < 1e-4 for p in moved)
+
+
 def test_alpha_grows_to_its_end_and_stays():
     assert (alpha_at(0.0), alpha_at(0.4), alpha_at(0.8), alpha_at(1.0)) == (1.25, 1.375, 1.5, 1.5)
 

@@ -221,7 +221,7 @@ def train_continuation(spec: Any, method: str, seed: int, base: Path, folder: Pa
     torch.manual_seed(seed)
     settings = swap_attention(model, method, plan.settings.get(method))
     rate = torch.zeros((), device=device)
-    trainer = Trainer(model, pieces, rate)
+    trainer = Trainer(model, pieces, rate, summary_ratio=plan.summary_ratio)
     mixture = mixture_of(plan.mix, device)
     longest = max(plan.lengths)
     meter = Meter(

@@ -131,6 +131,8 @@ class Trainer:
         pieces: on the model's device.
         rate: 0-dim learning rate of AdamW, on the device; Muon's is `muon_ratio` times it.
         muon_ratio: 0: AdamW for everything.
+        summary_ratio: rate of DashAttention's summary queries over `rate`. Their gradient is scaled by 1/σ,
+            which Adam undoes, but for its ε: theirs is 1e-15.
         weight_decay: of AdamW, matrices only.
     """
 
@@ -139,6 +141,7 @@ class Trainer:
     rate: Tensor
     muon_ratio: float = 0.0
     weight_decay: float = 0.01
+    summary_ratio: float = 1.0
     counts: Counts = field(init=False)
 
     def __post_init__(self) -> None:
@@ -146,12 +149,17 @@ class Trainer:
         self.counts = Counts.zeros(str(device))
         named = list(self.model.named_parameters())
         inner = [p for n, p in named if p.dim() == 2 and ".layers." in n] if self.muon_ratio else []
-        taken = {id(p) for p in inner}
+        summaries = [p for n, p in named if n.endswith("indexer_q")]
+        taken = {id(p) for p in (*inner, *summaries)}
         rest = [p for _, p in named if id(p) not in taken]
+        self.summary_rate = torch.zeros_like(self.rate)
         groups = [
             {"params": [p for p in rest if p.dim() > 1], "weight_decay": self.weight_decay},
             {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
         ]
+        if summaries:
+            own = {"lr": self.summary_rate, "eps": 1e-15, "weight_decay": 0.0}
+            groups.append({"params": summaries, **own})
         cuda = device.type == "cuda"
         self.adam = torch.optim.AdamW(groups, lr=self.rate, betas=(0.9, 0.95), fused=True, capturable=cuda)
         self.muon_rate = torch.zeros_like(self.rate)
@@ -167,6 +175,7 @@ class Trainer:
             parameter.grad = None
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        torch.mul(self.rate, self.summary_ratio, out=self.summary_rate)
         self.adam.step()
         if self.muon:
             torch.mul(self.rate, self.muon_ratio, out=self.muon_rate)
