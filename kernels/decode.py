@@ -143,6 +143,7 @@ class DecodeWorkspace:
         partial = (*rows, query_heads, splits)
         if balanced:  # a slot for every pair of a split and a group that can meet
             partial = splits + batch * new_tokens * kv_heads, query_heads // kv_heads
+            self.spans = torch.empty(*rows, kv_heads, 2, **integer)  # each group's first and last split
         self.partial_output = torch.empty(*partial, head_dim, **single)
         self.partial_statistics = torch.empty(*partial, 2, **single)
 
@@ -268,11 +269,12 @@ class DecodeStep:
         cache, space = self.cache, self.workspace
         table, table_stride, per_page = self._pages()
         summary_query = self.new[2] if self.new else self.query  # not read without a new token
-        kernel, groups = attend_kernel, ()
+        kernel, groups, spans = attend_kernel, (), ()
         grid = space.splits + (self.new is not None), self.kv_heads, self.rows
         common = self._common()
         if space.balanced:
             kernel, groups = attend_balanced_kernel, (self.kv_heads, self.rows * self.kv_heads)
+            spans = (space.spans,)
             grid = (space.splits + (groups[1] if self.new else 0),)
             common["GROUPS"] = _groups(groups[1])
             if _block(self.options) == 64:
@@ -281,7 +283,7 @@ class DecodeStep:
             self.query, cache.key, cache.value,
             space.lists, space.lists if cache.page_table is None else space.places,
             space.biases, space.counts, cache.lengths, _padding(cache), space.partial_output,
-            space.partial_statistics,
+            space.partial_statistics, *spans,
             cache.summaries, summary_query, table,
             _strides(self.query), _strides(cache.key), _strides(cache.value), _strides(cache.summaries),
             table_stride, per_page, self.new_tokens, self.chunks, *groups, space.splits, self.scale,
@@ -297,12 +299,10 @@ class DecodeStep:
         del common["PADDED"], common["PAGED"]
         grid = self.head_dim // width, self.kv_heads * self.group, self.rows
         if space.balanced:
-            groups = self.rows * self.kv_heads
             combine_balanced_kernel[grid](
-                space.partial_output, space.partial_statistics, space.counts, self.output,
-                _strides(self.output), self.new_tokens, groups, space.splits,
-                G=self.group, D=self.head_dim, CHUNKS=_block(self.options) // self.options.chunk_size,
-                GROUPS=_groups(groups), SPLITS=JOINED, WIDTH=width, STAGES=3, num_warps=4, **common,
+                space.partial_output, space.partial_statistics, space.counts, space.spans, self.output,
+                _strides(self.output), self.new_tokens,
+                G=self.group, D=self.head_dim, SPLITS=JOINED, WIDTH=width, STAGES=3, num_warps=4, **common,
             )  # fmt: skip
             return self.output
         combine_kernel[grid](

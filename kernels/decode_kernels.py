@@ -509,13 +509,6 @@ def _first_block(split, share, rest):
     return split * share + tl.minimum(split, rest)
 
 
-@triton.jit
-def _split_of(block, share, rest):
-    """The split that has a block: the inverse of `_first_block`."""
-    longer = rest * (share + 1)
-    return tl.where(block < longer, block // (share + 1), rest + (block - longer) // tl.maximum(share, 1))
-
-
 @triton.jit(
     do_not_specialize=[
         "page_table_stride", "chunks_per_page", "new_tokens", "capacity", "kv_heads", "groups", "splits"
@@ -523,7 +516,7 @@ def _split_of(block, share, rest):
 )  # fmt: skip
 def attend_balanced_kernel(
     query, key, value, lists, places, biases, counts, lengths, padding, partial_output, partial_statistics,
-    summaries, summary_query, page_table,
+    spans, summaries, summary_query, page_table,
     query_strides, key_strides, value_strides, summary_strides, page_table_stride, chunks_per_page,
     new_tokens, capacity, kv_heads, groups, splits, scale, scale_log2,
     G: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
@@ -534,8 +527,9 @@ def attend_balanced_kernel(
     time; splits without a block write nothing.
 
     Split s leaves what it found of group g in slot s + g: both only grow along the blocks, so no two pairs
-    that meet share a slot. With `SUMMARIZE` there is one program a group more, as in `attend_kernel`; they
-    are the first ones, since they take as long as a whole split and must not be the last to start.
+    that meet share a slot. `spans` gets each group's first and last split, for those that join them; a group
+    without a block gets nothing. With `SUMMARIZE` there is one program a group more, as in `attend_kernel`;
+    they are the first ones, since they take as long as a whole split and must not be the last to start.
     """
     split = tl.program_id(0)
     _after_previous_kernel(PDL)
@@ -571,6 +565,10 @@ def attend_balanced_kernel(
             block - before, stop - before, sequence, token, head, position,
             G, ROWS, C, D, BLOCK, STAGES, BIAS, PADDED, PAGED,
         )  # fmt: skip
+        if block == before:
+            tl.store(spans + 2 * group, split)
+        if stop == after:
+            tl.store(spans + 2 * group + 1, split)
         row_index = (split + group).to(tl.int64) * G + tl.arange(0, ROWS)
         _store_partial(
             partial_output, partial_statistics, running_max, running_sum, accumulator, row_index, G, ROWS, D
@@ -602,23 +600,20 @@ def combine_kernel(
     tl.store(p_output + row % new_tokens * output_strides[2] + o_d, result)
 
 
-@triton.jit(do_not_specialize=["new_tokens", "groups", "splits"])
+@triton.jit(do_not_specialize=["new_tokens"])
 def combine_balanced_kernel(
-    partial_output, partial_statistics, counts, output, output_strides, new_tokens, groups, splits,
-    G: tl.constexpr, D: tl.constexpr, CHUNKS: tl.constexpr, GROUPS: tl.constexpr, SPLITS: tl.constexpr,
-    WIDTH: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    partial_output, partial_statistics, counts, spans, output, output_strides, new_tokens,
+    G: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Join what the splits that met a group found, SPLITS at a time, for one query head and WIDTH of its D
-    outputs a program. Which ones those are follows from the counts as in `attend_balanced_kernel`."""
+    outputs a program. `attend_balanced_kernel` left which ones those are in `spans`."""
     part, query_head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     _after_previous_kernel(PDL)
     group = row * (tl.num_programs(1) // G) + query_head // G
-    o_groups, blocks = _blocks_of_groups(counts, groups, CHUNKS, GROUPS)
-    total = tl.sum(blocks, 0)
-    before = tl.sum(tl.where(o_groups < group, blocks, 0), 0)
-    after = tl.sum(tl.where(o_groups <= group, blocks, 0), 0)
-    share, rest = total // splits, total % splits
-    first, last = _split_of(before, share, rest), _split_of(after - 1, share, rest)
+    first, last = tl.load(spans + 2 * group), tl.load(spans + 2 * group + 1)
+    nothing = tl.load(counts + group) == 0
+    first, last = tl.where(nothing, 0, first), tl.where(nothing, -1, last)
     o_s, o_d = tl.arange(0, SPLITS), part * WIDTH + tl.arange(0, WIDTH)
     # Every lane of SPLITS joins its own, without a word to the others before the end.
     peaks = tl.full([SPLITS], float("-inf"), tl.float32)
