@@ -131,9 +131,10 @@ def test_the_model_is_the_llama_of_transformers(tmp_path, tokenizer):
     assert LlamaConfig.from_pretrained(tmp_path).rope_parameters["rope_theta"] == TINY.rope_theta
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     text = "One of the special magic numbers for tidy-mustache is: 1234567.\n"
-    assert (
-        loaded(text).input_ids == tokenizer.encode(text).ids and loaded.decode(loaded(text).input_ids) == text
-    )
+    # A prompt begins as every row of training does.
+    begin = tokenizer.token_to_id("<s>")
+    assert loaded(text).input_ids == [begin, *tokenizer.encode(text).ids]
+    assert loaded.decode(loaded(text).input_ids, skip_special_tokens=True) == text
 
 
 @pytest.mark.parametrize("kind", SMALL_BLOCKS)
