@@ -114,18 +114,26 @@ CROWD = 6
 """More lines than this of several sparse methods are drawn in a panel a sparsity."""
 
 
+def crowded(keys: Iterable[tuple[str, float | None]]) -> bool:
+    """Whether lines (method, sparsity) are too many for one panel, and several methods at several
+    sparsities."""
+    keys = list(keys)
+    sparse = [key for key in keys if key[1] is not None]
+    methods, targets = ({key[i] for key in sparse} for i in (0, 1))
+    return len(keys) > CROWD and len(methods) > 1 and len(targets) > 1
+
+
 def facets(series: Series) -> list[tuple[float | None, Series]]:
     """One panel, or one a sparsity, the dense lines in each, where lines would cover each other.
 
     Returns:
         (sparsity or None, its lines), in order.
     """
-    targets = sorted({target for _, target in series if target is not None})
-    methods = {method for method, target in series if target is not None}
-    if len(series) <= CROWD or len(targets) < 2 or len(methods) < 2:
+    if not crowded(series):
         return [(None, series)]
     return [
-        (t, {(m, None): points for (m, at), points in series.items() if at in (None, t)}) for t in targets
+        (target, {(m, None): points for (m, at), points in series.items() if at in (None, target)})
+        for target in sorted({at for _, at in series if at is not None})
     ]
 
 

@@ -69,3 +69,10 @@ class TrainRow(BaseRow):
         if self.status == "ok" and (self.loss is None or self.step is None):
             raise ValueError("status ok needs a loss and a step")
         return self
+
+
+def mean_by_length(exact: dict[str, float]) -> dict[int, float]:
+    """Mean of `TrainRow.exact_match` over the tasks at every length, ascending."""
+    lengths = sorted({int(name.rpartition("@")[2]) for name in exact})
+    found = {n: [v for k, v in exact.items() if k.endswith(f"@{n}")] for n in lengths}
+    return {n: sum(values) / len(values) for n, values in found.items()}

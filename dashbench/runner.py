@@ -380,7 +380,6 @@ class Runner:
             if answer["status"] == "oom" and self._shares_gpu(item.point):
                 lost.add(item.point.method)
                 crowded.append(item.point)
-                self._release([item.point.method])
             else:
                 self._write(item, answer)
         return crowded

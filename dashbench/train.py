@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dashbench.plan import Planned
-from dashbench.rows_train import REPORTS, TrainPoint, TrainRow
+from dashbench.rows_train import REPORTS, TrainPoint, TrainRow, mean_by_length
 from dashbench.runner import DONE, Event, Summary
 from dashbench.store import Store
 from dashbench.suite import Suite
@@ -47,18 +47,10 @@ def row_line(row: TrainRow) -> str:
     where = f"{row.stage} {row.method} seed {row.seed}, {row.report}/{REPORTS}"
     if row.status != "ok":
         return f"{row.status:8} {where}: {row.reason}"
-    scores = [v for k, v in row.exact_match.items() if k.endswith(f"@{_longest(row.exact_match)}")]
-    mean = (
-        f", held-out exact match {sum(scores) / len(scores):.1%} at {_longest(row.exact_match)}"
-        if scores
-        else ""
-    )
+    scores = list(mean_by_length(row.exact_match).items())
+    mean = f", held-out exact match {scores[-1][1]:.1%} at {scores[-1][0]}" if scores else ""
     speed = f"{row.tokens / 1e6:.1f} M tokens, {row.tokens_per_s / 1e6:.2f} M/s"
     return f"ok       {where}: loss {row.loss:.3f}{mean}, S_flop {row.s_flop:.2f}, {speed}"
-
-
-def _longest(exact: dict[str, float]) -> int:
-    return max((int(name.rpartition("@")[2]) for name in exact), default=0)
 
 
 def plan_suite(suite: Suite, points: list[TrainPoint], device: dict[str, Any]) -> list[Planned]:

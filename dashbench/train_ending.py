@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
+from dashbench.rows_train import mean_by_length
 from dashbench.runner import DONE, Summary
 from dashbench.store import newest, read_rows
 from dashbench.suite import Suite
@@ -60,13 +61,6 @@ def stages_table(rows: list[dict[str, Any]]) -> Table:
                 f"{score:.1%}", str(length), f"{last['s_flop']:.2f}", f"{cost:.2f}",
             )  # fmt: skip
     return table
-
-
-def mean_by_length(exact: dict[str, float]) -> dict[int, float]:
-    """Mean over the tasks at every length."""
-    lengths = sorted({int(name.rpartition("@")[2]) for name in exact})
-    found = {n: [v for k, v in exact.items() if k.endswith(f"@{n}")] for n in lengths}
-    return {n: sum(values) / len(values) for n, values in found.items()}
 
 
 def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dashbench.models.kinds import KNOBS
+from dashbench.rows_train import mean_by_length
 
 TEMPLATE = Path(__file__).with_name("card.md.j2")
 NAMES = {"dense": "full attention", "infllmv2": "InfLLMv2", "nsa": "NSA", "dash": "DashAttention"}
@@ -58,14 +59,9 @@ def _mean(layers: list[float] | None) -> str:
     return f"{sum(layers) / len(layers):.3f}" if layers else ""
 
 
-def _exact(found: dict[str, float], length: int) -> str:
-    """Mean over the tasks of one length."""
-    scores = [value for name, value in found.items() if name.endswith(f"@{length}")]
-    return _share(sum(scores) / len(scores)) if scores else ""
-
-
 def _swept(entry: dict[str, Any], lengths: list[int]) -> tuple[str, list[str]]:
-    cells = [(_mean(entry["s_by_layer"].get(str(n))), _exact(entry["exact_match"], n)) for n in lengths]
+    exact = mean_by_length(entry["exact_match"])
+    cells = [(_mean(entry["s_by_layer"].get(str(n))), _share(exact.get(n))) for n in lengths]
     return f"{entry['value']:g}", [cell for pair in cells for cell in pair]
 
 
@@ -73,6 +69,6 @@ def _course(row: dict[str, Any], length: int) -> list[str]:
     return [
         f"{row['tokens'] / 1e6:.1f}",
         f"{row['loss']:.3f}",
-        _exact(row["exact_match"], length),
+        _share(mean_by_length(row["exact_match"]).get(length)),
         f"{row['s_flop']:.2f}",
     ]

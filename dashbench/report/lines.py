@@ -9,7 +9,7 @@ from typing import Any
 
 from dashbench.analysis.points import TIMING_PREFERENCE, Line
 from dashbench.analysis.speedup import Speedup
-from dashbench.figures import Palette, context_axis, label_ends, log_values
+from dashbench.figures import Palette, context_axis, crowded, label_ends, log_values
 from dashbench.report.style import COLUMN_INCHES, column, save_all
 
 
@@ -44,21 +44,14 @@ def draw_speedups(points: dict[Line, list[Speedup]], folder: Path) -> dict[str, 
     }
 
 
-CROWD = 6
-"""More lines than this of several methods are drawn in a panel a sparsity."""
-
-
 def _figure(batches: dict[int, dict], phase: str, routing: str) -> Any:
     chosen = {}
     for batch, ways in sorted(batches.items()):
         way = next(w for w in TIMING_PREFERENCE if w in ways)
         order = sorted(ways[way].items(), key=lambda x: (x[0].method, x[0].sparsity_target or 0))
         chosen[batch] = way, dict(order)
-    lines = [line for _, members in chosen.values() for line in members]
-    targets = sorted({line.sparsity_target for line in lines if line.sparsity_target is not None})
-    crowded = max(len(members) for _, members in chosen.values()) > CROWD
-    if crowded and len(targets) > 1 and len({line.method for line in lines}) > 1:
-        return _grid(chosen, targets, phase, routing)
+    if any(crowded((m.method, m.sparsity_target) for m in members) for _, members in chosen.values()):
+        return _grid(chosen, phase, routing)
     with column() as plt:
         figure, axes = plt.subplots(
             len(chosen), 1, figsize=(COLUMN_INCHES, 2.25 * len(chosen)), squeeze=False, sharex=False
@@ -66,18 +59,20 @@ def _figure(batches: dict[int, dict], phase: str, routing: str) -> Any:
         for axis, (batch, (way, members)) in zip(axes.flat, chosen.items(), strict=True):
             _panel(axis, members, Palette((m.method, m.sparsity_target) for m in members))
             axis.set_ylabel("speedup over best dense")
-            axis.set_title(_title(phase, batch, routing, way), loc="left")
+            axis.set_title(_title(f"{phase}, batch {batch}", routing, way), loc="left")
         return figure
 
 
-def _title(phase: str, batch: int, routing: str, way: tuple[str, str]) -> str:
+def _title(what: str, routing: str, way: tuple[str, str]) -> str:
     timed = "CUDA-graph replay" if way[1] == "graph" else "launched eagerly"
     extra = "" if routing == "topics" else f", {routing}"
-    return f"{phase}, batch {batch}{extra} ({way[0]} cache, {timed})"
+    return f"{what}{extra} ({way[0]} cache, {timed})"
 
 
-def _grid(chosen: dict[int, tuple], targets: list[float], phase: str, routing: str) -> Any:
+def _grid(chosen: dict[int, tuple], phase: str, routing: str) -> Any:
     """A row a batch, a column a sparsity, a line a method."""
+    lines = [line for _, members in chosen.values() for line in members]
+    targets = sorted({line.sparsity_target for line in lines if line.sparsity_target is not None})
     with column() as plt:
         size = (1.75 * len(targets) + 1.0, 2.2 * len(chosen) + 0.2)
         figure, axes = plt.subplots(
@@ -89,7 +84,7 @@ def _grid(chosen: dict[int, tuple], targets: list[float], phase: str, routing: s
             sharey=True,
             layout="constrained",
         )
-        palette = Palette((line.method, None) for _, members in chosen.values() for line in members)
+        palette = Palette((line.method, None) for line in lines)
         for number, (batch, (_, members)) in enumerate(chosen.items()):
             row = axes[number]
             for axis, target in zip(row, targets, strict=True):
@@ -109,16 +104,14 @@ def _grid(chosen: dict[int, tuple], targets: list[float], phase: str, routing: s
             axis.set_xlim(min(contexts) / 1.3, max(contexts) * 1.3)
             # Every other length: the panels are narrow.
             axis.set_xticks(sorted({n for n in contexts if n & (n - 1) == 0 and n.bit_length() % 2}))
-        methods = sorted({line.method for _, members in chosen.values() for line in members})
+        methods = sorted({line.method for line in lines})
         handles = [
             plt.Line2D([], [], color=palette.style((m, None))[0], linestyle=palette.style((m, None))[1],
                        marker="o", markersize=2.5, label=m)
             for m in methods
         ]  # fmt: skip
         figure.legend(handles=handles, loc="outside upper right", ncols=len(methods), frameon=False)
-        timed = "CUDA-graph replay" if way[1] == "graph" else "launched eagerly"
-        extra = "" if routing == "topics" else f", {routing}"
-        figure.suptitle(f"{phase}{extra} ({way[0]} cache, {timed})", x=0.01, ha="left")
+        figure.suptitle(_title(phase, routing, way), x=0.01, ha="left")
         return figure
 
 
