@@ -141,7 +141,7 @@ def run_suite(
                 todo.append(point)
         on_event(Event("start", total=len(todo), text=run.environment["device"]))
         try:
-            for _, members in groupby(todo, key=_setting):
+            for _, members in groupby(_by_setting(todo), key=_setting):
                 _one_setting(run, list(members), until)
         except KeyboardInterrupt:
             run.summary.interrupted = True
@@ -152,7 +152,17 @@ def run_suite(
 
 
 def _setting(point: AccuracyPoint) -> tuple:
-    return point.checkpoint, point.attention, point.preset, str(point.knobs), point.sparsity_target
+    """What shares one knob: a target is met by another knob at another length."""
+    length = point.length if point.sparsity_target is not None else None
+    return point.checkpoint, point.attention, point.preset, str(point.knobs), point.sparsity_target, length
+
+
+def _by_setting(points: list[AccuracyPoint]) -> list[AccuracyPoint]:
+    """Points of one setting beside each other, settings in the order in which they first come."""
+    order: dict[tuple, int] = {}
+    for point in points:
+        order.setdefault(_setting(point), len(order))
+    return sorted(points, key=lambda point: order[_setting(point)])
 
 
 def _one_setting(run: Evaluation, points: list[AccuracyPoint], until: float | None) -> None:
