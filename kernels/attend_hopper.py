@@ -36,20 +36,22 @@ STAGES = 4  # K and V chunks in flight: 4 × 32 KiB at C = 64, D = 128
 def supports(
     query: torch.Tensor, key: torch.Tensor, routes: Routes, left_padding: torch.Tensor | None
 ) -> bool:
-    """Whether this kernel takes these inputs: Hopper, bf16 or fp16, D = 128, C = 64, G · T = 128, whole
-    chunks, no padding, no bias."""
+    """Whether this kernel takes these inputs: Hopper, bf16 or fp16, D = 128, C = 64, G · T = 128, a whole
+    chunk at least, no padding.
+
+    Behind the end of a ragged sequence its last tile reads the next head's keys and values, with weight zero.
+    """
     group = query.shape[1] // key.shape[1]
     return (
         query.is_cuda
         and torch.cuda.get_device_capability(query.device)[0] == 9
         and left_padding is None
-        and routes.bias is None
         and query.dtype in (torch.bfloat16, torch.float16)
         and query.shape[-1] == 128
         and routes.chunk_size == 64
         and group * routes.tile == CONSUMERS * ROWS
         and routes.tile % CONSUMERS == 0
-        and query.shape[2] % routes.chunk_size == 0
+        and query.shape[2] >= routes.chunk_size
         and key.is_contiguous()
     )
 
@@ -80,11 +82,11 @@ def _produce(
 
 @gluon.jit
 def _consume(
-    query, out, lse, entries, count, own, query_base, query_stride_h, query_stride_n,
+    query, out, lse, entries, bias, count, own, query_base, query_stride_h, query_stride_n,
     out_base, out_stride_h, out_stride_n, lse_base, tokens, first_query, scale_log2,
     key_ring, value_ring, key_full, value_full, key_empty, value_empty,
     PART: gl.constexpr, GROUP: gl.constexpr, QUERIES: gl.constexpr, HEAD_DIM: gl.constexpr,
-    CHUNK: gl.constexpr, STAGES: gl.constexpr,
+    CHUNK: gl.constexpr, STAGES: gl.constexpr, BIAS: gl.constexpr,
 ):  # fmt: skip
     """Attention of this warpgroup's queries over the chunks as they arrive."""
     ROWS: gl.constexpr = QUERIES * GROUP
@@ -103,12 +105,19 @@ def _consume(
     offset = (row % GROUP).to(gl.int64) * query_stride_h + (first + row // GROUP).to(
         gl.int64
     ) * query_stride_n
-    q = gl.load(query + query_base + offset[:, None] + dim[None, :])
+    q = gl.load(
+        query + query_base + offset[:, None] + dim[None, :],
+        mask=(first + row // GROUP < tokens)[:, None],
+        other=0.0,
+    )
     query_in_part = gl.arange(0, ROWS, S_ROW) // GROUP
+    p_bias = bias + PART * QUERIES + query_in_part  # of the first entry
     zero = gl.zeros([ROWS, CHUNK], gl.float32, S)
 
     # The own chunk comes first: every row sees itself there, so every state is finite from then on.
     upcoming = gl.load(entries, mask=count > 0, other=0)
+    if BIAS:
+        upcoming_bias = gl.load(p_bias, mask=query_in_part < count * QUERIES, other=0.0)
     mbarrier.wait(key_full.index(0), 0)
     s = warpgroup_mma(q, key_ring.index(0).permute((1, 0)), zero, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(0, deps=(s,))
@@ -126,6 +135,10 @@ def _consume(
         before = (j - 1) % STAGES
         entry = upcoming
         upcoming = gl.load(entries + j, mask=j < count, other=0)
+        if BIAS:
+            b = upcoming_bias * 1.4426950408889634
+            more = query_in_part < (count - j) * QUERIES  # all rows, or none behind the last entry
+            upcoming_bias = gl.load(p_bias + j * (2 * QUERIES), mask=more, other=0.0)
         mbarrier.wait(key_full.index(slot), (j // STAGES) & 1)
         s_token = warpgroup_mma(q, key_ring.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
         mbarrier.wait(value_full.index(before), ((j - 1) // STAGES) & 1)
@@ -134,8 +147,14 @@ def _consume(
         mbarrier.arrive(key_empty.index(slot), count=1)
         # A query that did not choose this chunk keeps its state: its rows' weights are exp2(s − ∞) = 0.
         chosen = ((entry >> SHIFT) >> query_in_part) & 1 == 1
-        new_peak = gl.where(chosen, gl.maximum(peak, gl.max(s, 1) * scale_log2), peak)
-        shift = gl.where(chosen, new_peak, float("inf"))
+        highest = gl.max(s, 1) * scale_log2
+        if BIAS:
+            highest += b
+        new_peak = gl.where(chosen, gl.maximum(peak, highest), peak)
+        shift = new_peak
+        if BIAS:
+            shift -= b
+        shift = gl.where(chosen, shift, float("inf"))
         weights = gl.exp2(s * scale_log2 - shift[:, None])
         rescale = gl.exp2(peak - new_peak)
         total = total * rescale + gl.sum(weights, 1)
@@ -156,19 +175,27 @@ def _consume(
     out_offset = (out_row % GROUP).to(gl.int64) * out_stride_h + (first + out_row // GROUP).to(
         gl.int64
     ) * out_stride_n
-    gl.store(out + out_base + out_offset[:, None] + out_dim[None, :], accumulator.to(out.dtype.element_ty))
+    gl.store(
+        out + out_base + out_offset[:, None] + out_dim[None, :],
+        accumulator.to(out.dtype.element_ty),
+        mask=(first + out_row // GROUP < tokens)[:, None],
+    )
     s_row = gl.arange(0, ROWS, S_ROW)
     lse_offset = lse_base + (s_row % GROUP).to(gl.int64) * tokens + first + s_row // GROUP
-    gl.store(lse + lse_offset, (peak + gl.log2(total)) * 0.6931471805599453)
+    gl.store(
+        lse + lse_offset,
+        (peak + gl.log2(total)) * 0.6931471805599453,
+        mask=first + s_row // GROUP < tokens,
+    )
 
 
 @gluon.jit(do_not_specialize=["tokens", "tiles", "capacity"])
 def _attend_kernel(
-    query, key_descriptor, value_descriptor, out, lse, entries, counts,
+    query, key_descriptor, value_descriptor, out, lse, entries, counts, bias,
     query_stride_b, query_stride_h, query_stride_n, out_stride_b, out_stride_h, out_stride_n,
     tokens, tiles, capacity, kv_heads, scale_log2,
     GROUP: gl.constexpr, TILE: gl.constexpr, HEAD_DIM: gl.constexpr, CHUNK: gl.constexpr,
-    STAGES: gl.constexpr,
+    STAGES: gl.constexpr, BIAS: gl.constexpr,
 ):  # fmt: skip
     """One program a tile and KV head; late tiles, which have the longest lists, first."""
     heads = gl.num_programs(0) // tiles
@@ -182,6 +209,7 @@ def _attend_kernel(
     wide = own.to(gl.int64)
     start = PER_CHUNK * (wide * (wide - 1) // 2) + (tile % PER_CHUNK) * wide
     own_entries = entries + index.to(gl.int64) * capacity + start
+    own_bias = bias + (index.to(gl.int64) * capacity + start) * TILE
     count = gl.load(counts + index.to(gl.int64) * tiles + tile)
     query_base = batch * query_stride_b + kv_head * GROUP * query_stride_h
     out_base = batch * out_stride_b + kv_head * GROUP * out_stride_h
@@ -207,16 +235,16 @@ def _attend_kernel(
     gl.warp_specialize(
         [
             (_consume, (
-                query, out, lse, own_entries, count, own, query_base, query_stride_h, query_stride_n,
+                query, out, lse, own_entries, own_bias, count, own, query_base, query_stride_h, query_stride_n,
                 out_base, out_stride_h, out_stride_n, lse_base, tokens, tile * TILE, scale_log2,
                 key_ring, value_ring, key_full, value_full, key_empty, value_empty,
-                0, GROUP, HALF, HEAD_DIM, CHUNK, STAGES,
+                0, GROUP, HALF, HEAD_DIM, CHUNK, STAGES, BIAS,
             )),
             (_consume, (
-                query, out, lse, own_entries, count, own, query_base, query_stride_h, query_stride_n,
+                query, out, lse, own_entries, own_bias, count, own, query_base, query_stride_h, query_stride_n,
                 out_base, out_stride_h, out_stride_n, lse_base, tokens, tile * TILE, scale_log2,
                 key_ring, value_ring, key_full, value_full, key_empty, value_empty,
-                1, GROUP, HALF, HEAD_DIM, CHUNK, STAGES,
+                1, GROUP, HALF, HEAD_DIM, CHUNK, STAGES, BIAS,
             )),
             (_produce, (
                 key_descriptor, value_descriptor, own_entries, count, own, index * tokens,
@@ -255,8 +283,10 @@ def attend_hopper(
     tiles = triton.cdiv(tokens, routes.tile)
     _attend_kernel[(tiles * batch * kv_heads,)](
         query, *descriptors, out, lse, routes.entries, routes.counts,
+        routes.bias if routes.bias is not None else lse,
         *query.stride()[:3], *out.stride()[:3],
         tokens, tiles, list_capacity(tokens, chunk, routes.tile), kv_heads, dim**-0.5 * LOG2_E,
-        GROUP=heads // kv_heads, TILE=routes.tile, HEAD_DIM=dim, CHUNK=chunk, STAGES=STAGES, num_warps=4,
+        GROUP=heads // kv_heads, TILE=routes.tile, HEAD_DIM=dim, CHUNK=chunk, STAGES=STAGES,
+        BIAS=routes.bias is not None, num_warps=4,
     )  # fmt: skip
     return out, lse

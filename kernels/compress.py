@@ -125,7 +125,8 @@ def _mlp_forward(key, value, stride: int, first, first_bias, second, second_bias
 
 
 class _MlpWindows(torch.autograd.Function):
-    """The forward kernel; the backward recomputes `mlp_windows_eager`, slice by slice."""
+    """The forward kernel; the backward recomputes `mlp_windows_eager`, slice by slice, in fp32: in bf16 the sums
+    of overlapping windows and the hidden units' signs cost a value's gradient half a percent (LOG.md)."""
 
     @staticmethod
     def forward(ctx, key, value, stride: int, *weights):
@@ -136,10 +137,12 @@ class _MlpWindows(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_key, grad_value):
-        leaves = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+        saved = ctx.saved_tensors
+        leaves = [x.detach().float().requires_grad_() for x in saved]
         with torch.enable_grad():
             outputs = mlp_windows_eager(leaves[0], leaves[1], ctx.stride, *leaves[2:])
-        grads = torch.autograd.grad(outputs, leaves, (grad_key, grad_value))
+        grads = torch.autograd.grad(outputs, leaves, (grad_key.float(), grad_value.float()))
+        grads = [grad.to(x.dtype) for grad, x in zip(grads, saved, strict=True)]
         return *grads[:2], None, *grads[2:]
 
 

@@ -99,8 +99,12 @@ ROUTE_TILE = 4096
 BALANCED_GROUPS = 256
 """Groups (sequences x new tokens x KV heads) whose counts every program of a balanced step reads."""
 
-JOINED = 64
-"""Splits that a program of a balanced combine joins at a time."""
+JOINED = 32
+"""Splits that a program of a balanced combine joins at a time: one turn for most groups of a large batch."""
+
+MOST_SPLITS = 64
+"""Splits of a group that `combine` joins, unless more are asked for; one size, so that a batch of another size
+does not compile it anew."""
 
 STEP_SCORES = 1 << 26
 """Routing scores (fp32) that one step of `attend_cache` may keep: 256 MiB."""
@@ -148,14 +152,15 @@ class DecodeWorkspace:
         self.partial_statistics = torch.empty(*partial, 2, **single)
 
 
-BALANCED_FROM_GROUPS, BALANCED_FROM_TOKENS = 16, 98304
+BALANCED_FROM_GROUPS, BALANCED_FROM_TOKENS = 16, 65536
 
 
 def known_launch(query: torch.Tensor, cache: DecodeCache, options: DashOptions) -> DecodeLaunch:
     """What the tables of launches say of a step; arguments as for `DecodeStep`.
 
     A rule that does not speak of `balanced` leaves it to the size of the step: on an H100 it took 9 % off 16
-    groups of 128k tokens at 75 % sparsity, changed nothing at 32k and cost a tenth at 2 groups (LOG.md).
+    groups of 128k tokens at 75 % sparsity and 4 % at 64k, changed nothing at 32k and cost a tenth at 2 groups
+    (LOG.md).
     """
     kv_heads = cache.key.shape[1]
     setting = setting_of(query, kv_heads, options.chunk_size, cache.capacity)
@@ -302,13 +307,14 @@ class DecodeStep:
             combine_balanced_kernel[grid](
                 space.partial_output, space.partial_statistics, space.counts, space.spans, self.output,
                 _strides(self.output), self.new_tokens,
-                G=self.group, D=self.head_dim, SPLITS=JOINED, WIDTH=width, STAGES=3, num_warps=4, **common,
+                G=self.group, D=self.head_dim, SPLITS=JOINED, WIDTH=width, num_warps=4, **common,
             )  # fmt: skip
             return self.output
         combine_kernel[grid](
             space.partial_output, space.partial_statistics, self.output, _strides(self.output),
             self.new_tokens, space.splits,
-            D=self.head_dim, SPLITS=triton.next_power_of_2(space.splits), WIDTH=width, num_warps=4, **common,
+            D=self.head_dim, SPLITS=max(MOST_SPLITS, triton.next_power_of_2(space.splits)), WIDTH=width,
+            num_warps=4, **common,
         )  # fmt: skip
         return self.output
 
@@ -424,7 +430,7 @@ def _groups(groups: int) -> int:
 def _splits(groups: int, chunks: int, device: torch.device) -> int:
     """Programs a group: three for each multiprocessor, as many as its shared memory holds, but no more than
     `combine` joins cheaply, and one chunk a program at least. Measured: LOG.md, Decode."""
-    return max(1, min(3 * _processors(device) // groups, 64, chunks))
+    return max(1, min(3 * _processors(device) // groups, MOST_SPLITS, chunks))
 
 
 def _balanced_splits(groups: int, blocks: int, device: torch.device) -> int:

@@ -603,8 +603,7 @@ def combine_kernel(
 @triton.jit(do_not_specialize=["new_tokens"])
 def combine_balanced_kernel(
     partial_output, partial_statistics, counts, spans, output, output_strides, new_tokens,
-    G: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr,
-    PDL: tl.constexpr,
+    G: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Join what the splits that met a group found, SPLITS at a time, for one query head and WIDTH of its D
     outputs a program. `attend_balanced_kernel` left which ones those are in `spans`."""
@@ -619,7 +618,7 @@ def combine_balanced_kernel(
     peaks = tl.full([SPLITS], float("-inf"), tl.float32)
     sums = tl.zeros([SPLITS], tl.float32)
     accumulator = tl.zeros([SPLITS, WIDTH], tl.float32)
-    for start in tl.range(first, last + 1, SPLITS, num_stages=STAGES):
+    for start in range(first, last + 1, SPLITS):
         inside = start + o_s <= last
         row_index = (start + o_s + group).to(tl.int64) * G + query_head % G
         maximum = tl.load(partial_statistics + row_index * 2, inside, float("-inf"))

@@ -87,6 +87,8 @@ SCENARIOS = {
     "prefill 1000, no whole chunks": lambda: prefill(1000),
     "prefill 4095, no whole chunks": lambda: prefill(4095, 2),
     "prefill 1": lambda: prefill(1),
+    "prefill biased": lambda: prefill(2048, bias_mode="raw"),
+    "prefill biased, no whole chunks": lambda: prefill(1000, 2, bias_mode="raw"),
     "packed": lambda: prefill(1000, cu_seqlens=torch.tensor([0, 100, 1000])),
     "packed otherwise": lambda: prefill(4096, cu_seqlens=torch.tensor([0, 1, 2, 4000, 4096])),
     "padded": lambda: prefill(1000, 2, pad=3),
@@ -121,8 +123,8 @@ def count() -> dict[str, list[str]]:
         # `is_cuda` is all that a tensor without a device lacks.
         group = query.shape[1] // key.shape[1]
         return (
-            left_padding is None and routes.bias is None and routes.chunk_size == 64
-            and group * routes.tile == 128 and query.shape[2] % 64 == 0 and key.is_contiguous()
+            left_padding is None and routes.chunk_size == 64
+            and group * routes.tile == 128 and query.shape[2] >= 64 and key.is_contiguous()
         )  # fmt: skip
 
     seen: set[tuple] = set()

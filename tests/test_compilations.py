@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 NEW = {
-    # Another kernel for whole chunks on Hopper, and one for everything else; the rest is per feature.
+    # Another kernel for less than a chunk than for everything else on Hopper; the rest is per feature.
     "prefill 4096": {"summarize", "route", "attend_hopper"},
-    "prefill 1000, no whole chunks": {"attend"},
+    "prefill 1": {"attend"},
+    "prefill biased": {"route", "attend_hopper"},
     "packed": {"route"},
     "padded": {"summarize", "route", "attend"},
     "train 2048": {"backward_lists", "backward_query", "backward_chunk"},

@@ -264,20 +264,26 @@ def test_gradients_flow_to_all_inputs(mode, sigma):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kernel", ["hopper", "portable"])
-@pytest.mark.parametrize("n", [64, 4096, 32768])
-def test_real_shape_on_a_gpu(n, kernel):
-    q, k, v, s = planted(n, kv_heads=2, group=16, dim=128, chunk=64, strength=2.0)
+@pytest.mark.parametrize("n", [64, 1000, 4096, 32768, 32771])
+@pytest.mark.parametrize("bias_mode", ["none", "raw"])
+def test_real_shape_on_a_gpu(n, kernel, bias_mode):
+    q, k, v, s = planted(n, 2 if n < 8192 else 1, 2, 16, 128, 64, strength=2.0)
     if kernel == "hopper" and torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("needs a Hopper GPU")
     summaries = summarize_chunks(k, s, 64)
-    routes = route_chunks(q, summaries, 64, save=True)
-    out, _ = block_sparse_attention(q, k, v, routes, kernel=kernel)
-    rows = torch.randint(0, n, (48,), device="cuda")
-    active = unpack(routes.mask[:, :, rows], n // 64) | (
-        torch.arange(n // 64, device="cuda") == (rows // 64)[:, None]
+    routes = route_chunks(q, summaries, 64, save=True, bias_mode=bias_mode)
+    out, lse = block_sparse_attention(q, k, v, routes, kernel=kernel)
+    rows = torch.cat((torch.randint(0, n, (47,), device="cuda"), torch.tensor([n - 1], device="cuda")))
+    chunks = -(-n // 64)
+    active = unpack(routes.mask[:, :, rows], chunks) | (
+        torch.arange(chunks, device="cuda") == (rows // 64)[:, None]
     )
-    expected, _ = specified(*(x.double() for x in (q, k, v, s)), DashOptions(), rows=rows, active=active)
+    options = DashOptions(bias_mode=bias_mode)
+    expected, _ = specified(*(x.double() for x in (q, k, v, s)), options, rows=rows, active=active)
     assert float((out[:, :, rows].double() - expected).norm() / expected.norm()) < 5e-3
+    other, other_lse = block_sparse_attention(q, k, v, routes, kernel="portable")
+    assert float((out - other).float().norm() / other.float().norm()) < 5e-3
+    torch.testing.assert_close(lse, other_lse, rtol=0, atol=2e-3)
 
 
 @pytest.mark.gpu
