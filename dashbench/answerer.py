@@ -8,17 +8,15 @@ stay with the caller.
 from __future__ import annotations
 
 import contextlib
-import math
 import multiprocessing
 from collections.abc import Iterable, Iterator
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from dashbench.find_knob import find_knob
 from dashbench.models.kinds import KNOBS, CheckpointError
 from dashbench.tasks.documents import TaskSkipped
-
-STEPS = 12  # of a calibration
 
 
 class Answerer:
@@ -90,42 +88,13 @@ class Answerer:
         if kind == "dense":
             raise TaskSkipped("dense attention has no sparsity to set")
         knob = KNOBS[kind]
-        tried: dict[float, float] = {}
 
         def measure(value: float) -> float:
             self.set_knobs({knob: value})
-            tried[value] = self.reading_sparsity(prompts)
-            return tried[value]
+            return self.reading_sparsity(prompts)
 
-        if knob == "top_k":  # fewer blocks, more sparsity
-            most = max(len(self.encode(p)) for p in prompts) // self.model.dashbench.block_size + 1
-            low, high = 1, most
-            while low < high:
-                middle = (low + high) // 2
-                if measure(middle) > target:
-                    low = middle + 1
-                else:
-                    high = middle
-            for value in (low, max(1, low - 1)):
-                if value not in tried:
-                    measure(value)
-        else:
-            low, high = 1e-2, 1e3
-            for _ in range(STEPS):
-                middle = math.sqrt(low * high)
-                if measure(middle) < target:
-                    low = middle
-                else:
-                    high = middle
-                if abs(tried[middle] - target) <= tolerance / 2:
-                    break
-        best = min(tried, key=lambda value: abs(tried[value] - target))
-        if abs(tried[best] - target) > tolerance:
-            raise TaskSkipped(
-                f"cannot reach s_flop {target:g} ± {tolerance:g} on these prompts: nearest is "
-                f"{tried[best]:.4f} at {knob} {best:g}"
-            )
-        return {knob: best}
+        most = max(len(self.encode(p)) for p in prompts) // self.model.dashbench.block_size + 1
+        return {knob: find_knob(measure, knob, most, target, tolerance)}
 
     def reading_sparsity(self, prompts: list[str]) -> float:
         """s_flop of reading some prompts."""
