@@ -27,13 +27,19 @@ class Answerer:
         self.model: Any = None
         self.tokenizer: Any = None
 
-    def load(self, folder: Path, attention: str, preset: str) -> None:
+    def load(self, checkpoint: str, attention: str, preset: str, tokenizer: Path, seed: int) -> None:
         """Loads a checkpoint, unless it is the one that is loaded.
+
+        Args:
+            checkpoint: a folder, or `random:SIZE`.
+            attention, preset: see `models.checkpoint.load`.
+            tokenizer: its folder: the checkpoint's own, unless the weights are random.
+            seed: of random weights.
 
         Raises:
             CheckpointError: see `models.checkpoint.load`.
         """
-        wanted = str(folder), attention, preset
+        wanted = checkpoint, attention, preset, seed
         if self.loaded == wanted:
             return
         from transformers import AutoTokenizer
@@ -41,9 +47,9 @@ class Answerer:
         from dashbench.models.checkpoint import load
 
         self.loaded = self.model = None
-        self.model = load(folder, attention, preset=preset)
+        self.model = load(checkpoint, attention, preset=preset, seed=seed)
         self.defaults = dict(self.model.dashbench.settings)
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.tokenizer = AutoTokenizer.from_pretrained(tokenizer)
         self.loaded = wanted
 
     def facts(self) -> dict[str, Any]:

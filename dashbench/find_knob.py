@@ -1,4 +1,4 @@
-"""The knob of a model's attention at which it has the sparsity asked for: one search for all suites of models."""
+"""The knob of a model's attention at which it has the sparsity asked for: one search for all models."""
 
 from __future__ import annotations
 

@@ -69,18 +69,13 @@ class Bench:
             return
         import torch
 
-        from dashbench.models.checkpoint import load, random_model
+        from dashbench.models.checkpoint import load
 
         self.loaded = self.model = self.planted_for = None
         if self.device == "cuda":
             torch.cuda.empty_cache()
-        if point.checkpoint.startswith("random:"):
-            dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
-            size = point.checkpoint.removeprefix("random:")
-            options = {"device": self.device, "dtype": dtype, "seed": point.seed, "preset": point.preset}
-            self.model = random_model(point.attention, size, **options)
-        else:
-            self.model = load(point.checkpoint, point.attention, preset=point.preset, device=self.device)
+        options = {"preset": point.preset, "device": self.device, "seed": point.seed}
+        self.model = load(point.checkpoint, point.attention, **options)
         self.defaults = dict(self.model.dashbench.settings)
         self.loaded = wanted
 
