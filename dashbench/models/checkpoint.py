@@ -98,12 +98,14 @@ def _skeleton(config: dict[str, Any], device: str, dtype: torch.dtype) -> nn.Mod
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+    from dashbench.models.slices import sliced
+
     register()
     known = {k: v for k, v in config.items() if k not in ("architectures", "auto_map")}
     llama = LlamaConfig.from_dict(known)
     llama._attn_implementation = NAME
     with torch.device("meta"):
-        model = LlamaForCausalLM(llama).to(dtype)
+        model = sliced(LlamaForCausalLM(llama)).to(dtype)
     model.to_empty(device=device)
     with torch.device(device):
         model.model.rotary_emb = LlamaRotaryEmbedding(llama)
