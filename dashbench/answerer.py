@@ -8,17 +8,15 @@ stay with the caller.
 from __future__ import annotations
 
 import contextlib
-import math
 import multiprocessing
 from collections.abc import Iterable, Iterator
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from dashbench.find_knob import find_knob
 from dashbench.models.kinds import KNOBS, CheckpointError
 from dashbench.tasks.documents import TaskSkipped
-
-STEPS = 12  # of a calibration
 
 
 class Answerer:
@@ -29,13 +27,19 @@ class Answerer:
         self.model: Any = None
         self.tokenizer: Any = None
 
-    def load(self, folder: Path, attention: str, preset: str) -> None:
+    def load(self, checkpoint: str, attention: str, preset: str, tokenizer: Path, seed: int) -> None:
         """Loads a checkpoint, unless it is the one that is loaded.
+
+        Args:
+            checkpoint: a folder, or `random:SIZE`.
+            attention, preset: see `models.checkpoint.load`.
+            tokenizer: its folder: the checkpoint's own, unless the weights are random.
+            seed: of random weights.
 
         Raises:
             CheckpointError: see `models.checkpoint.load`.
         """
-        wanted = str(folder), attention, preset
+        wanted = checkpoint, attention, preset, seed
         if self.loaded == wanted:
             return
         from transformers import AutoTokenizer
@@ -43,9 +47,9 @@ class Answerer:
         from dashbench.models.checkpoint import load
 
         self.loaded = self.model = None
-        self.model = load(folder, attention, preset=preset)
+        self.model = load(checkpoint, attention, preset=preset, seed=seed)
         self.defaults = dict(self.model.dashbench.settings)
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.tokenizer = AutoTokenizer.from_pretrained(tokenizer)
         self.loaded = wanted
 
     def facts(self) -> dict[str, Any]:
@@ -90,42 +94,13 @@ class Answerer:
         if kind == "dense":
             raise TaskSkipped("dense attention has no sparsity to set")
         knob = KNOBS[kind]
-        tried: dict[float, float] = {}
 
         def measure(value: float) -> float:
             self.set_knobs({knob: value})
-            tried[value] = self.reading_sparsity(prompts)
-            return tried[value]
+            return self.reading_sparsity(prompts)
 
-        if knob == "top_k":  # fewer blocks, more sparsity
-            most = max(len(self.encode(p)) for p in prompts) // self.model.dashbench.block_size + 1
-            low, high = 1, most
-            while low < high:
-                middle = (low + high) // 2
-                if measure(middle) > target:
-                    low = middle + 1
-                else:
-                    high = middle
-            for value in (low, max(1, low - 1)):
-                if value not in tried:
-                    measure(value)
-        else:
-            low, high = 1e-2, 1e3
-            for _ in range(STEPS):
-                middle = math.sqrt(low * high)
-                if measure(middle) < target:
-                    low = middle
-                else:
-                    high = middle
-                if abs(tried[middle] - target) <= tolerance / 2:
-                    break
-        best = min(tried, key=lambda value: abs(tried[value] - target))
-        if abs(tried[best] - target) > tolerance:
-            raise TaskSkipped(
-                f"cannot reach s_flop {target:g} ± {tolerance:g} on these prompts: nearest is "
-                f"{tried[best]:.4f} at {knob} {best:g}"
-            )
-        return {knob: best}
+        most = max(len(self.encode(p)) for p in prompts) // self.model.dashbench.block_size + 1
+        return {knob: find_knob(measure, knob, most, target, tolerance)}
 
     def reading_sparsity(self, prompts: list[str]) -> float:
         """s_flop of reading some prompts."""

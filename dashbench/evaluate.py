@@ -4,6 +4,7 @@ after question; every answer is stored at once, and a killed run goes on at the 
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -13,6 +14,7 @@ from typing import Any
 
 from dashbench.answerer import Crew, Died
 from dashbench.models.kinds import CheckpointError
+from dashbench.models.sizes import SIZES, random_size
 from dashbench.plan import Planned
 from dashbench.rows_accuracy import AccuracyPoint, AccuracyRow
 from dashbench.runner import DONE, Event, Summary
@@ -20,6 +22,7 @@ from dashbench.store import Store
 from dashbench.suite import Suite
 from dashbench.tasks.documents import Document, TaskSkipped, documents
 
+MEANINGLESS = "the score means nothing: it shows that the path runs, its times and its sparsity"
 SECONDS_A_QUESTION = {"cuda": 4.0, "cpu": 20.0}
 
 
@@ -40,8 +43,10 @@ class Evaluation:
         self.documents: dict[tuple, list[Document] | str] = {}
         self.crew, self.jobs = Crew(jobs), jobs
         self.facts: dict[str, Any] = {}
-        self.folder: Path | None = None
+        self.folder: Path | None = None  # of the tokenizer, and of the checkpoint unless that is random
+        self.loaded: str | None = None
         self.weights: str | None = None
+        self.tokenizers: dict[str, tempfile.TemporaryDirectory] = {}  # of random weights, by size
         import torch
 
         self.environment = environment.describe("cuda" if torch.cuda.is_available() else "cpu")
@@ -56,12 +61,31 @@ class Evaluation:
         from dashbench.models.checkpoint import _folder, weights_hash
 
         self.facts, self.weights = {}, None
-        folder = _folder(point.checkpoint)
-        self.crew.everyone("load", folder, point.attention, point.preset)
-        if folder != self.folder:
-            self.folder, self.loaded_hash = folder, weights_hash(folder)
-        self.weights = self.loaded_hash
+        size = random_size(point.checkpoint)
+        folder = self.random_tokenizer(size) if size else _folder(point.checkpoint)
+        checkpoint = point.checkpoint if size else str(folder)
+        self.crew.everyone("load", checkpoint, point.attention, point.preset, folder, point.seed)
+        if checkpoint != self.loaded:
+            self.folder, self.loaded = folder, checkpoint
+            self.loaded_weights = f"{checkpoint} seed {point.seed}" if size else weights_hash(folder)
+        self.weights = self.loaded_weights
         self.facts = self.crew.one("facts")
+
+    def random_tokenizer(self, size: str) -> Path:
+        """A folder with the tokenizer of random weights of a size, there until the run ends."""
+        from dashbench.models.random_tokenizer import write_tokenizer
+
+        if size not in self.tokenizers:
+            self.tokenizers[size] = tempfile.TemporaryDirectory(prefix="dashbench-tokenizer-")
+            shape = SIZES[size]["vocab_size"], SIZES[size]["max_position_embeddings"]
+            write_tokenizer(Path(self.tokenizers[size].name), *shape)
+        return Path(self.tokenizers[size].name)
+
+    def close(self) -> None:
+        """Ends the processes that answer and removes what the run kept on disk."""
+        self.crew.close()
+        for folder in self.tokenizers.values():
+            folder.cleanup()
 
     def asked(self, point: AccuracyPoint, samples: int) -> list[Document]:
         """Documents of a point's task; those behind the evaluated ones are for calibration."""
@@ -91,7 +115,8 @@ class Evaluation:
             suite=self.suite.id, status=status, reason=reason, environment=self.environment,
             environment_key=self.environment_key,
             notes={k: facts[k] for k in ("sources", "dense_backend") if k in facts}
-            | ({"jobs": self.jobs} if self.jobs > 1 else {}),
+            | ({"jobs": self.jobs} if self.jobs > 1 else {})
+            | ({"random_weights": MEANINGLESS} if random_size(point.checkpoint) else {}),
             timestamp=datetime.now(UTC).isoformat(timespec="seconds"),
             wall_s=round(time.monotonic() - began, 3), **{"knob": point.knobs, **fields},
         )  # fmt: skip
@@ -146,7 +171,7 @@ def run_suite(
         except KeyboardInterrupt:
             run.summary.interrupted = True
         finally:
-            run.crew.close()
+            run.close()
         run.summary.left = len(todo) - sum(run.summary.counts.values())
         return run.summary
 

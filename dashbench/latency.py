@@ -17,6 +17,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from dashbench.find_knob import find_knob
 from dashbench.models.kinds import KNOBS, CheckpointError
 from dashbench.plan import Planned
 from dashbench.rows_latency import LatencyPoint, LatencyRow
@@ -25,7 +26,6 @@ from dashbench.store import Store, newest, read_rows, store_files
 from dashbench.suite import Suite
 from dashbench.tasks.documents import TaskSkipped
 
-STEPS = 14  # of a calibration
 KERNEL_METHODS = {"dense": ("fa3", "dense@cudnn", "dense@flash"), "dash": ("dash",), "nsa": ("nsa",),
                   "infllmv2": ("infllmv2",)}  # fmt: skip
 
@@ -69,18 +69,13 @@ class Bench:
             return
         import torch
 
-        from dashbench.models.checkpoint import load, random_model
+        from dashbench.models.checkpoint import load
 
         self.loaded = self.model = self.planted_for = None
         if self.device == "cuda":
             torch.cuda.empty_cache()
-        if point.checkpoint.startswith("random:"):
-            dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
-            size = point.checkpoint.removeprefix("random:")
-            options = {"device": self.device, "dtype": dtype, "seed": point.seed, "preset": point.preset}
-            self.model = random_model(point.attention, size, **options)
-        else:
-            self.model = load(point.checkpoint, point.attention, preset=point.preset, device=self.device)
+        options = {"preset": point.preset, "device": self.device, "seed": point.seed}
+        self.model = load(point.checkpoint, point.attention, **options)
         self.defaults = dict(self.model.dashbench.settings)
         self.loaded = wanted
 
@@ -109,38 +104,22 @@ class Bench:
         return knobs
 
     def calibrate(self, point: LatencyPoint) -> dict[str, Any]:
-        """The knob at which one layer over the prompt has the sparsity asked for."""
+        """The knob at which one layer over the prompt has the sparsity asked for.
+
+        Raises:
+            TaskSkipped: see `find_knob`; or the routing is the model's own.
+        """
         state = self.model.dashbench
         knob, target = KNOBS[state.kind], point.sparsity_target
         if state.planted is None:
             raise TaskSkipped("a sparsity is calibrated on planted routing; with the model's own give a knob")
-        tried: dict[float, float] = {}
 
         def measure(value: float) -> float:
             state.settings[knob] = value
-            tried[value] = layer_sparsity(self.model, point.context)
-            return tried[value]
+            return layer_sparsity(self.model, point.context)
 
-        if knob == "top_k":
-            low, high = 1, point.context // state.block_size + 1
-            while low < high:
-                middle = (low + high) // 2
-                low, high = (middle + 1, high) if measure(middle) > target else (low, middle)
-            for value in (low, max(1, low - 1)):
-                measure(value)
-        else:
-            low, high = 1e-2, 1e3
-            for _ in range(STEPS):
-                middle = (low * high) ** 0.5
-                low, high = (middle, high) if measure(middle) < target else (low, middle)
-                if abs(tried[middle] - target) <= point.sparsity_tolerance / 2:
-                    break
-        best = min(tried, key=lambda value: abs(tried[value] - target))
-        if abs(tried[best] - target) > point.sparsity_tolerance:
-            raise TaskSkipped(
-                f"cannot reach s_flop {target:g}: nearest is {tried[best]:.4f} at {knob} {best:g}"
-            )
-        return {knob: best}
+        most = point.context // state.block_size + 1
+        return {knob: find_knob(measure, knob, most, target, point.sparsity_tolerance)}
 
     def measure(self, point: LatencyPoint) -> dict[str, Any]:
         """Row fields of one point."""

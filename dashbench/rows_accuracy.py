@@ -45,8 +45,10 @@ class AccuracyRow(BaseRow):
 
     kind: Literal["accuracy"] = "accuracy"
     label: str = Field(description="the checkpoint's name in the suite")
-    checkpoint: str = Field(description="folder or hub name")
-    weights: str | None = Field(default=None, description="first 12 digits of the weights' SHA-256")
+    checkpoint: str = Field(description="folder, hub name, or `random:SIZE`")
+    weights: str | None = Field(
+        default=None, description="first 12 digits of the weights' SHA-256, or `random:SIZE seed N`"
+    )
     attention: str = Field(description="dense, infllmv2, nsa or dash")
     preset: str = Field(description="where settings come from that neither suite nor config give")
     settings: dict[str, Any] = Field(default_factory=dict, description="all settings in force")

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dashbench.models.kinds import KINDS, PRESETS
+from dashbench.models.sizes import RANDOM, SIZES, random_size
 from dashbench.rows_accuracy import AccuracyPoint
 from dashbench.suite_kernels import Sparsity, Tokens
 from dashbench.tasks.ruler import PREFIX, TASKS
@@ -19,9 +20,11 @@ class CheckpointEntry(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = Field(description="label in rows and figures")
-    path: str = Field(description="a folder, or a name on the Hugging Face hub")
+    path: str = Field(
+        description="a folder, a name on the Hugging Face hub, or `random:SIZE`: random weights"
+    )
     attention: Literal["auto", *KINDS] = Field(
-        default="auto", description="the kind; auto: as the checkpoint says"
+        default="auto", description="the kind; auto: as the checkpoint says; random weights need a name"
     )
     preset: Literal[tuple(PRESETS["dash"])] = Field(
         default="package", description="settings that neither the config nor `knobs` give"
@@ -32,6 +35,17 @@ class CheckpointEntry(BaseModel):
     sparsity: list[Sparsity] = Field(
         default_factory=list, description="targets; the knob is found on held-out prompts"
     )
+
+    @model_validator(mode="after")
+    def _random(self) -> CheckpointEntry:
+        size = random_size(self.path)
+        if size is not None and size not in SIZES:
+            known = [RANDOM + name for name in SIZES]
+            raise At(f"unknown random weights {self.path!r}{nearest(self.path, known)}", "path")
+        if size is not None and self.attention == "auto":
+            kinds = ", ".join(KINDS)
+            raise At(f"random weights do not say their attention: expected one of {kinds}", "attention")
+        return self
 
 
 class TaskEntry(BaseModel):
@@ -94,7 +108,7 @@ class AccuracySuite(BaseModel):
     calibration_prompts: int = Field(
         default=3, gt=0, description="documents behind the evaluated ones, on which targets are calibrated"
     )
-    seed: int = Field(default=0, description="kept with the rows; generation is greedy")
+    seed: int = Field(default=0, description="of random weights; kept with the rows; generation is greedy")
 
     def points(self) -> list[AccuracyPoint]:
         """All questions, checkpoint by checkpoint, setting by setting."""

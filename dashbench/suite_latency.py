@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dashbench.models.kinds import KINDS, PRESETS
+from dashbench.models.sizes import RANDOM, SIZES
 from dashbench.rows_latency import LatencyPoint
 from dashbench.suite_kernels import Positive, Sparsity, Tokens, _axis
 from dashbench.yaml_lines import At
@@ -20,7 +21,7 @@ class ModelEntry(BaseModel):
     name: str = Field(description="label in rows and figures")
     attention: Literal[KINDS] = Field(description="the kind")
     path: str | None = Field(default=None, description="a folder, or a name on the Hugging Face hub")
-    random: Literal["tiny", "8b"] | None = Field(default=None, description="random weights of this shape")
+    random: Literal[tuple(SIZES)] | None = Field(default=None, description="random weights of this shape")
     preset: Literal[tuple(PRESETS["dash"])] = Field(
         default="package", description="settings that neither the config nor `knobs` give"
     )
@@ -80,7 +81,7 @@ class LatencySuite(BaseModel):
                     for launch in self.launch:
                         target = entry.sparsity
                         point = LatencyPoint(
-                            label=entry.name, checkpoint=entry.path or f"random:{entry.random}",
+                            label=entry.name, checkpoint=entry.path or f"{RANDOM}{entry.random}",
                             attention=entry.attention, preset=entry.preset, knobs=entry.knobs,
                             sparsity_target=target.S_flop if target else None,
                             **({"sparsity_tolerance": target.tolerance} if target else {}),

@@ -10,11 +10,15 @@ pytest.importorskip("transformers")
 pytest.importorskip("lm_eval")
 
 from pydantic import ValidationError
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
+from dashbench.analysis.accuracy import accuracy_rows
 from dashbench.cli import app
 from dashbench.evaluate import run_suite
 from dashbench.models.checkpoint import make_checkpoint
+from dashbench.models.random_tokenizer import write_tokenizer
+from dashbench.models.sizes import SIZES
 from dashbench.rows_accuracy import AccuracyPoint, AccuracyRow
 from dashbench.store import newest, read_rows
 from dashbench.suite import SuiteError, load_suite
@@ -174,6 +178,58 @@ def test_targets_are_calibrated_on_other_prompts(tmp_path, checkpoints, prompts)
     assert "cannot reach s_flop 0.99" in rows[2]["reason"]
 
 
+def random_suite(folder, prompts):
+    path = folder / "s.yaml"
+    path.write_text(
+        "version: 1\nkind: accuracy\nname: s\nseed: 3\ncheckpoints:\n"
+        "  - {name: full, path: 'random:tiny', attention: dense}\n"
+        "  - {name: dash, path: 'random:tiny', attention: dash, sparsity: [{S_flop: 0.3, tolerance: 0.1}]}\n"
+        "  - {name: nsa, path: 'random:tiny', attention: nsa, knobs: [{top_k: 2, local_blocks: 1}]}\n"
+        f"tasks: [{{tasks: [qa_1], folder: {prompts}, samples: 1}}]\ncalibration_prompts: 1\n"
+    )
+    return load_suite(path)
+
+
+def test_random_weights_answer_and_their_rows_say_so(tmp_path, monkeypatch):
+    prompts = tmp_path / "prompts"
+    prompts.mkdir()
+    records = [{"input": f"{i} " + "some noise, " * 20, "outputs": ["x"]} for i in range(2)]
+    (prompts / "qa_1.jsonl").write_text("\n".join(map(json.dumps, records)) + "\n")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    summary = run_suite(random_suite(tmp_path, prompts), tmp_path / "out")
+    rows = {r["label"]: r for r in newest(read_rows(summary.store))}
+    assert summary.counts == {"ok": 3} and set(rows) == {"full", "dash", "nsa"}
+    for row in rows.values():
+        assert row["weights"] == "random:tiny seed 3" and row["checkpoint"] == "random:tiny"
+        assert "the score means nothing" in row["notes"]["random_weights"]
+        assert row["prompt_tokens"] == len(records[0]["input"]), "the tiny shape reads bytes"
+    assert {r["attention"] for r in rows.values()} == {"dense", "dash", "nsa"}
+    assert rows["full"]["s_flop"] == 0 and rows["nsa"]["s_flop"] > 0.3
+    assert abs(rows["dash"]["s_flop"] - 0.3) < 0.15 and rows["dash"]["knob"].keys() == {"scaling_factor"}
+    assert not list((tmp_path / "temporary").glob("dashbench-tokenizer-*")), "removed when the run ends"
+    again = run_suite(random_suite(tmp_path, prompts), tmp_path / "again", only=["nsa"])
+    assert read_rows(again.store)[0]["answer"] == rows["nsa"]["answer"]
+    assert accuracy_rows(read_rows(summary.store)) == [], "no report compares what means nothing"
+
+
+@pytest.mark.skipif(not RELEASED.is_dir(), reason="the released RULER prompts are not beside the checkout")
+def test_the_8b_shape_reads_released_prompts_as_about_16k_tokens(tmp_path):
+    write_tokenizer(tmp_path, SIZES["8b"]["vocab_size"], SIZES["8b"]["max_position_embeddings"])
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert len(tokenizer) <= SIZES["8b"]["vocab_size"]
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2), "as in random_model's config"
+    lengths = []
+    for task in TASKS:
+        text = read_prompts(RELEASED, task)[0]["input"]
+        tokens = tokenizer(text)["input_ids"]
+        assert tokens[0] == 1 and tokenizer.decode(tokens, skip_special_tokens=True) == text
+        lengths.append(len(tokens))
+    assert min(lengths) > 10_000 and max(lengths) < 23_000
+    assert sum(14_000 < n < 20_000 for n in lengths) >= 9, lengths
+    assert tokenizer.decode([SIZES["8b"]["vocab_size"] - 1]) == "", "a token that no text becomes"
+
+
 def test_what_goes_wrong_is_a_row(tmp_path, checkpoints, prompts):
     more = f"  - {{name: lost, path: {tmp_path / 'nowhere'}}}\n"
     long = tmp_path / "long"
@@ -205,12 +261,18 @@ def test_the_command_line_runs_and_shows_scores(tmp_path, checkpoints, prompts):
         ("tasks: [{tasks: [vtt], folder: x, samples: 1}]", "unknown RULER task 'vtt'; did you mean 'vt'"),
         ("tasks: [{tasks: [niah_single_1], samples: 1}]", "missing key: lm-eval's RULER generates"),
         ("tasks: [{tasks: [vt], folder: x, samples: 0}]", "samples"),
+        ("checkpoints: [{name: a, path: 'random:tiny'}]", ":4: checkpoints.0.attention: random weights do"),
+        ("checkpoints: [{name: a, path: 'random:8B', attention: dash}]", ":4: checkpoints.0.path: unknown"),
+        ("checkpoints: [{name: a, path: 'random:8B', attention: dash}]", "did you mean 'random:8b'?"),
         ("tasks: [{tasks: [vt], folder: x, samples: 1, sample: 1}]", "unknown key; did you mean 'samples'"),
     ],
 )  # fmt: skip
 def test_mistakes_in_a_suite_name_the_key(tmp_path, text, message):
     path = tmp_path / "s.yaml"
-    path.write_text(f"version: 1\nkind: accuracy\nname: s\ncheckpoints: [{{name: a, path: b}}]\n{text}\n")
+    other = "checkpoints: [{name: a, path: b}]"
+    if text.startswith("checkpoints"):
+        other = "tasks: [{tasks: [vt], folder: x, samples: 1}]"
+    path.write_text(f"version: 1\nkind: accuracy\nname: s\n{text}\n{other}\n")
     with pytest.raises(SuiteError) as found:
         load_suite(path)
     assert message in str(found.value)

@@ -17,6 +17,7 @@ from scipy.stats import binomtest, norm
 
 from dashbench.analysis.points import AnalysisError
 from dashbench.analysis.statistics import RESAMPLES, Interval, holm, percentile_interval
+from dashbench.models.sizes import random_size
 
 POWER = 0.8
 SIGNIFICANCE = 0.05
@@ -72,8 +73,10 @@ class Scores:
 
 
 def accuracy_rows(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of kind `accuracy` that have a score."""
-    return [r for r in rows if r.get("kind") == "accuracy" and r["status"] == "ok"]
+    """Rows of kind `accuracy` that have a score, but those of random weights: equally wrong answers would
+    pass for equal accuracy."""
+    scored = [r for r in rows if r.get("kind") == "accuracy" and r["status"] == "ok"]
+    return [r for r in scored if random_size(str(r.get("checkpoint") or "")) is None]
 
 
 def configuration(row: dict[str, Any]) -> Configuration:

@@ -20,13 +20,16 @@ REPEATS = 200
 """Weight of the sentences in the corpus, so that their words become one token each."""
 
 
-def train_tokenizer(vocabulary_size: int, sentences: list[str], words: list[str]) -> Tokenizer:
+def train_tokenizer(
+    vocabulary_size: int, sentences: list[str], words: list[str], special: tuple[str, ...] = SPECIAL_TOKENS
+) -> Tokenizer:
     """Trains the tokenizer.
 
     Args:
         vocabulary_size: number of tokens, special ones included; more than 1,400.
         sentences: texts whose words shall be one token (the templates of the tasks).
         words: texts whose pieces fill the rest of the vocabulary.
+        special: tokens that no text becomes; the vocabulary begins with them.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -38,7 +41,7 @@ def train_tokenizer(vocabulary_size: int, sentences: list[str], words: list[str]
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary_size,
-        special_tokens=[AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS],
+        special_tokens=[AddedToken(t, special=True, normalized=False) for t in special],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

@@ -47,14 +47,11 @@ class AttentionState:
 
 def register() -> None:
     """Makes the name known to transformers; calling it again changes nothing."""
-    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers import AttentionInterface
 
+    # No mask is registered, for every kind is causal by itself: transformers then does not look for packed
+    # sequences among the positions, for which the host would wait for the GPU in every step.
     AttentionInterface.register(NAME, attend)
-    AttentionMaskInterface.register(NAME, _no_mask)
-
-
-def _no_mask(*_args: Any, **_kwargs: Any) -> None:
-    """Every kind is causal by itself."""
 
 
 def add_parameters(
@@ -113,14 +110,14 @@ def attend(
         query, key = (x[:, :, here] for x in state.planted)
     if sequences is not None:
         new = key, value
-        key, value = sequences.extend(module.layer_idx, key, value)
+        by_kernels = state.kind == "dash" and query.is_cuda
+        key, value = sequences.extend(module.layer_idx, key, value, write=not by_kernels)
         out, active = _continued(module, state, query, key, value, new, sequences)
         if sequences.counting:
             phase = "prefill" if start == 0 else "decode"
             sequences.ledger.add(phase, module.layer_idx, active, start, query.shape[2], state.block_size)
     else:
         out, active = _whole(module, state, query, key, value)
-    module.active_blocks = None if active is None else active.detach()
     return out.transpose(1, 2), None
 
 
@@ -165,17 +162,27 @@ def _continued(module, state, query, key, value, new, sequences) -> tuple[Tensor
         cache.append(key, value, plain)
         _rotated_summaries(module, state, cache, 0, length)
         return out, active
-    if sequences.static:
-        plain = module.indexer_q.view(key.shape[1], key.shape[3]).contiguous()
-        new = tuple(x.contiguous() for x in new)
-        step = DecodeStep(query, cache.view, DashOptions(**options), new=(*new, plain))
-        return step.run(), step.workspace.counts[:, 0][..., None]
-    # The buffers are the cache's own, so its `append` writes the new tokens a second time, unchanged.
-    plain = module.indexer_q.view(key.shape[1], key.shape[3]).contiguous()
-    append(cache.view, *(x.contiguous() for x in new), plain, cache.chunk_size, cache._tickets)
-    cache.advanced(tokens)
-    _rotated_summaries(module, state, cache, length - tokens, length)
-    return cache.attend(query, DashOptions(**options))
+    return _dash_continued(module, state, query, new, cache, sequences, length)
+
+
+def _dash_continued(module, state, query, new, cache, sequences, length) -> tuple[Tensor, Tensor | None]:
+    """DashAttention of the last T of L tokens by kernels, which write the new keys and values, too."""
+    options, tokens = DashOptions(**dash_options(state.settings)), query.shape[2]
+    plain = module.indexer_q.view(cache.view.key.shape[1], -1)
+    new = tuple(x.contiguous() for x in new)
+    if not sequences.static:
+        append(cache.view, *new, plain, cache.chunk_size, cache._tickets)
+        cache.advanced(tokens)
+        _rotated_summaries(module, state, cache, length - tokens, length)
+        if tokens > 1:
+            return cache.attend(query, options)
+    launch, space = sequences.dash_step or (None, None)
+    written = {"new": (*new, plain)} if sequences.static else {}
+    step = DecodeStep(query, cache.view, options, launch, space, **written)
+    sequences.dash_step = step.launch, step.workspace
+    out = step.run()
+    # The next layer writes its counts into the same buffer.
+    return out, step.workspace.counts.transpose(1, 2).clone() if sequences.counting else None
 
 
 def _dense(state: AttentionState, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -16,21 +16,9 @@ import torch
 from torch import nn
 
 from dashbench.models.attention import NAME, AttentionState, add_parameters, register
-from dashbench.models.kinds import CheckpointError, added_parameters, kind_of, settings_of
-
-SIZES: dict[str, dict[str, Any]] = {
-    "tiny": {
-        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 384, "max_position_embeddings": 4096,
-        "rope_theta": 10000.0,
-    },
-    "8b": {
-        "hidden_size": 4096, "intermediate_size": 16384, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "num_key_value_heads": 2, "head_dim": 128, "vocab_size": 73448, "max_position_embeddings": 131072,
-        "rope_theta": 10000.0,
-    },
-}  # fmt: skip
-"""Llama's numbers of `make_checkpoint`; `8b` are MiniCPM-4-8B's."""
+from dashbench.models.kinds import KINDS, CheckpointError, added_parameters, kind_of, settings_of
+from dashbench.models.random_tokenizer import write_tokenizer
+from dashbench.models.sizes import SIZES, random_size
 
 
 def _folder(id_or_path: str | Path) -> Path:
@@ -110,12 +98,14 @@ def _skeleton(config: dict[str, Any], device: str, dtype: torch.dtype) -> nn.Mod
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+    from dashbench.models.slices import sliced
+
     register()
     known = {k: v for k, v in config.items() if k not in ("architectures", "auto_map")}
     llama = LlamaConfig.from_dict(known)
     llama._attn_implementation = NAME
     with torch.device("meta"):
-        model = LlamaForCausalLM(llama).to(dtype)
+        model = sliced(LlamaForCausalLM(llama)).to(dtype)
     model.to_empty(device=device)
     with torch.device(device):
         model.model.rotary_emb = LlamaRotaryEmbedding(llama)
@@ -144,16 +134,19 @@ def load(
     preset: str = "package",
     device: str | None = None,
     dtype: torch.dtype | None = None,
+    seed: int = 0,
     **knobs: Any,
 ) -> nn.Module:
     """A checkpoint as a `LlamaForCausalLM` with its attention in place.
 
     Args:
-        id_or_path: a folder, or a name on the Hugging Face hub.
-        attention: `dense`, `infllmv2`, `nsa`, `dash`, or `auto` (see `kinds.kind_of`).
+        id_or_path: a folder, a name on the Hugging Face hub, or `random:SIZE` (see `random_model`).
+        attention: `dense`, `infllmv2`, `nsa`, `dash`, or `auto` (see `kinds.kind_of`); random weights need a
+            name.
         preset: `package` or `paper`: settings that neither the config nor `knobs` give.
         device: default: a GPU if there is one.
         dtype: default: the config's, or bf16; fp32 on a CPU.
+        seed: of random weights.
         **knobs: settings of the attention, such as `scaling_factor` or `top_k`; `model.dashbench.settings`
             may be changed at any time.
 
@@ -163,9 +156,12 @@ def load(
     Raises:
         CheckpointError: one sentence on what is missing, left over, contradictory or unreadable.
     """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if (size := random_size(str(id_or_path))) is not None:
+        dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
+        return random_model(attention, size, device=device, dtype=dtype, seed=seed, preset=preset, **knobs)
     folder = _folder(id_or_path)
     config = read_config(folder)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if dtype is None:
         told = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
         dtype = torch.float32 if device == "cpu" else getattr(torch, told)
@@ -207,7 +203,12 @@ def random_model(
         device, dtype: of the weights.
         seed: of the weights.
         preset, **knobs: settings of the attention, as in `load`.
+
+    Raises:
+        CheckpointError: an unknown kind, size, preset or setting.
     """
+    if kind not in KINDS:
+        raise CheckpointError(f"random weights have no attention {kind!r}; known: {', '.join(KINDS)}")
     if size not in SIZES:
         raise CheckpointError(f"unknown size {size!r}; known: {', '.join(SIZES)}")
     settings, source = settings_of(kind, {}, preset, knobs)
@@ -228,7 +229,7 @@ def random_model(
 
 
 def make_checkpoint(folder: Path, kind: str, size: str = "tiny", seed: int = 0, **knobs: Any) -> str:
-    """Writes a random checkpoint in Hugging Face format, bf16, with a byte-level tokenizer.
+    """Writes a random checkpoint in Hugging Face format, bf16, with the tokenizer of `write_tokenizer`.
 
     Args:
         folder: made if missing.
@@ -251,23 +252,8 @@ def make_checkpoint(folder: Path, kind: str, size: str = "tiny", seed: int = 0, 
     if kind != "dense":
         config |= {"attention_kind": kind, "attention_settings": model.dashbench.settings}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    _byte_tokenizer(folder, SIZES[size]["max_position_embeddings"])
+    write_tokenizer(folder, SIZES[size]["vocab_size"], SIZES[size]["max_position_embeddings"])
     return weights_hash(folder)
-
-
-def _byte_tokenizer(folder: Path, longest: int) -> None:
-    """A tokenizer of bytes, so that a random checkpoint can read any text."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: number for number, token in enumerate(["<unk>", "<s>", "</s>", *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>", "unk_token": "<unk>"}
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=longest, **special)
-    fast.save_pretrained(folder)
 
 
 def weights_hash(folder: Path) -> str:

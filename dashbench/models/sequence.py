@@ -6,6 +6,8 @@ steps. What a kind keeps beside them (summaries of chunks, compressed keys) is h
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -13,12 +15,29 @@ from torch import Tensor
 
 from dashbench.baselines.selected_blocks import CompressedCache
 from dashbench.kernels.cache import DashCache
+from dashbench.kernels.decode import DecodeLaunch, DecodeWorkspace
+
+
+@dataclass
+class _Step:
+    """Blocks that one decode step attended, layer by layer, not summed yet."""
+
+    position: int
+    block: int
+    layers: list[int] = field(default_factory=list)
+    active: list[Tensor | None] = field(default_factory=list)
+
+    def alike(self) -> tuple[int, tuple[int, ...], bool]:
+        """Steps with the same can be summed together."""
+        return self.block, tuple(self.layers), self.active[0] is None
 
 
 class Ledger:
     """Kept and visible tokens by layer, KV head and phase, summed on the device.
 
     From the sums follow S_flop = 1 − kept / visible; from the sums of ratios S_mean; from the blocks S_up.
+    Sums over a prompt are made at once; of decode steps, whose small operations would cost the host more than
+    a layer's attention does, the counts are kept and summed many steps at a time.
 
     Args:
         layers, kv_heads: of the model.
@@ -26,17 +45,20 @@ class Ledger:
     """
 
     PHASES = ("prefill", "decode")
+    STEPS = 256  # decode steps that wait for their sums
 
     def __init__(self, layers: int, kv_heads: int, device: torch.device | str):
         shape = (len(self.PHASES), layers, kv_heads)
         self.kept, self.visible, self.ratio, self.block_tokens, self.rows = (
             torch.zeros(shape, dtype=torch.float64, device=device) for _ in range(5)
         )
+        self._steps: list[_Step] = []
 
     def clear(self) -> None:
         """Start again from zero."""
         for sums in (self.kept, self.visible, self.ratio, self.block_tokens, self.rows):
             sums.zero_()
+        self._steps = []
 
     def add(self, phase: str, layer: int, active: Tensor | None, start: int, rows: int, block: int) -> None:
         """Counts the queries of one call.
@@ -44,11 +66,22 @@ class Ledger:
         Args:
             phase: of PHASES.
             layer: index.
-            active: `[B, Hkv, rows]` blocks attended, the own one included; None: dense.
+            active: `[B, Hkv, rows]` blocks attended, the own one included; None: dense. That of a decode step
+                is kept: the caller must not write into it again.
             start: position of the first query.
             rows: queries a sequence.
             block: tokens in a block.
         """
+        if phase == "decode" and rows == 1:
+            step = self._steps[-1] if self._steps else None
+            if step is None or (step.position, step.block) != (start, block) or layer <= step.layers[-1]:
+                if len(self._steps) == self.STEPS:
+                    self.settle()
+                step = _Step(start, block)
+                self._steps.append(step)
+            step.layers.append(layer)
+            step.active.append(active)
+            return
         at = self.PHASES.index(phase), layer
         position = torch.arange(start, start + rows, device=self.kept.device)
         visible = (position + 1).double()
@@ -65,8 +98,32 @@ class Ledger:
         self.block_tokens[at] += (whole / (start + rows)).sum((0, 2))
         self.rows[at] += batch * rows
 
+    def settle(self) -> None:
+        """Sums the decode steps that wait for it; whoever reads the sums themselves calls it first."""
+        for (block, layers, dense), group in groupby(self._steps, key=_Step.alike):
+            steps = list(group)
+            position = torch.tensor([step.position for step in steps], device=self.kept.device)
+            position = position.double()[:, None, None, None]
+            visible = position + 1
+            if dense:
+                kept = whole = visible.expand(-1, len(layers), 1, self.kept.shape[2])
+            else:
+                active = torch.stack([x for step in steps for x in step.active])  # [S · layers, B, Hkv, 1]
+                active = active.squeeze(-1).unflatten(0, (len(steps), len(layers))).double()
+                kept = (active - 1) * block + position % block + 1
+                whole = active * block
+            at = self.PHASES.index("decode"), list(layers)
+            batch = kept.shape[2]
+            self.kept[at] += kept.sum((0, 2))
+            self.visible[at] += batch * visible.sum()
+            self.ratio[at] += (kept / visible).sum((0, 2))
+            self.block_tokens[at] += (whole / visible).sum((0, 2))
+            self.rows[at] += batch * len(steps)
+        self._steps = []
+
     def summary(self) -> dict[str, Any]:
         """`s_flop`, `s_mean` and `s_up` of each phase that has queries, and `s_flop` by layer."""
+        self.settle()
         found: dict[str, Any] = {}
         for index, phase in enumerate(self.PHASES):
             rows = self.rows[index].sum()
@@ -100,6 +157,9 @@ class Sequences:
         # One step, repeated at one place, as a captured graph replays it; see `restart_step`.
         self.static = False
         self.chunk_size = settings.get("chunk_size", settings.get("block_size", 64))
+        # What a decode step of DashAttention needs beside its cache: made by the first layer of the first
+        # step, used again by all others.
+        self.dash_step: tuple[DecodeLaunch, DecodeWorkspace] | None = None
         self.dash: list[DashCache] = []
         self.compressed = [CompressedCache() for _ in range(layers)] if kind in ("nsa", "infllmv2") else []
         if kind == "dash":
@@ -123,8 +183,13 @@ class Sequences:
         for cache in self.dash:
             cache.view.lengths.fill_(self.length + 1)
 
-    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def extend(self, layer: int, key: Tensor, value: Tensor, write: bool = True) -> tuple[Tensor, Tensor]:
         """Writes new keys and values `[B, Hkv, T, D]` of a layer; returns all of them so far.
+
+        Args:
+            layer: index.
+            key, value: of the new tokens.
+            write: False: the kind's kernels will write them.
 
         Raises:
             ValueError: more tokens than the capacity.
@@ -132,6 +197,8 @@ class Sequences:
         end = self.length + key.shape[2]
         if end > self.capacity:
             raise ValueError(f"{end} tokens do not fit sequences of {self.capacity}")
-        self.keys[layer][:, :, self.length : end] = key
-        self.values[layer][:, :, self.length : end] = value
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+        keys, values = self.keys[layer].narrow(2, 0, end), self.values[layer].narrow(2, 0, end)
+        if write:
+            keys.narrow(2, self.length, key.shape[2]).copy_(key)
+            values.narrow(2, self.length, key.shape[2]).copy_(value)
+        return keys, values
