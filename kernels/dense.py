@@ -6,6 +6,7 @@ takes the inputs and says which one it was.
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import import_module, metadata, util
 
 import torch
@@ -86,9 +87,9 @@ def _flash_attention_3(query: torch.Tensor, training: bool) -> str | None:
     if not query.is_cuda or torch.cuda.get_device_capability(query.device) != (9, 0):
         return None
     for name, (_, config, backward) in FLASH_ATTENTION_3.items():
-        if util.find_spec(name) is None or (training and not backward):
+        if not _installed(name) or (training and not backward):
             continue
-        flags = import_module(config).CONFIG["build_flags"] if util.find_spec(config) else {}
+        flags = import_module(config).CONFIG["build_flags"] if _installed(config) else {}
         if query.dtype == torch.bfloat16 or (
             query.dtype == torch.float16 and not flags.get("FLASHATTENTION_DISABLE_FP16")
         ):
@@ -96,6 +97,13 @@ def _flash_attention_3(query: torch.Tensor, training: bool) -> str | None:
     return None
 
 
+# A model asks for every layer of every step, and looking on the disk takes a millisecond.
+@cache
+def _installed(module: str) -> bool:
+    return util.find_spec(module) is not None
+
+
+@cache
 def _version(distribution: str) -> str:
     try:
         return metadata.version(distribution)
