@@ -123,8 +123,8 @@ def plan(
         call = estimate_ms(point, device) / 1e3
         eager_reference = point.method.endswith("@reference")
         call *= 10 if eager_reference else 1
-        seconds = (
-            0.0 if reason else OVERHEAD_S + max(options.max_seconds, options.min_samples * call) + 6 * call
-        )
+        # Calls so long that the fewest samples are too many: see `timing.stop_reason`.
+        fewest = min(options.min_samples * call, max(3 * call, 4 * options.max_seconds))
+        seconds = 0.0 if reason else OVERHEAD_S + max(options.max_seconds, fewest) + 6 * call
         out.append(Planned(point, reason, seconds))
     return out

@@ -19,7 +19,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -41,7 +41,7 @@ START_TIMEOUT_S = 180.0
 # variable says.
 HOST_MEMORY_SHARE = 0.8
 MEMORY_VARIABLE = "DASHBENCH_HOST_MEMORY_GIB"
-# Methods of a group are loaded together while their inputs take less than this share of the GPU.
+# Points of a group are loaded together while all that they hold takes less than this share of the GPU.
 GROUP_SHARE = 0.6
 
 
@@ -206,7 +206,7 @@ class Summary:
         return sum(n for status, n in self.counts.items() if status not in DONE)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Held:
     """A point in work."""
 
@@ -345,101 +345,61 @@ class Runner:
         if not runnable:
             return
         memory = self._environment(runnable[0].method)[0].get("memory_bytes")
-        needed = problem_bytes(runnable[0]) * 2.5 * len({p.method for p in runnable})
-        if memory and needed > GROUP_SHARE * memory:
-            self._one_by_one(runnable)
-            return
-        held = []
-        for position, point in enumerate(runnable):
-            item = self._prepare(point)
-            if item is None:
-                continue
-            if isinstance(item, dict):  # out of memory while others are loaded: not this method's fault
-                self._release(p.method for p in runnable)
-                self._one_by_one([*(h.point for h in held), *runnable[position:]])
-                return
-            held.append(item)
-        self._take_turns(held)
-        crowded = self._finish_all(held)
-        if crowded:
-            self._release(p.method for p in runnable)
-            self._one_by_one(crowded)
-
-    def _finish_all(self, held: list[_Held]) -> list[Point]:
-        """Finishes points that took turns; returns those that ran out of memory beside the others.
-
-        A worker that runs out of memory drops all it held, so its other points are lost with it.
-        """
-        crowded: list[Point] = []
-        lost: set[str] = set()
-        for item in held:
-            if item.point.method in lost:
-                crowded.append(item.point)
-                continue
-            answer = self._ask(item.point.method, {"do": "finish", "key": item.point.key()})
-            if answer["status"] == "oom" and self._shares_gpu(item.point):
-                lost.add(item.point.method)
-                crowded.append(item.point)
-            else:
-                self._write(item, answer)
-        return crowded
-
-    def _shares_gpu(self, point: Point) -> bool:
-        """Whether other workers hold memory of the GPU that this point runs on."""
-        return len(self.workers) > 1 and self._environment(point.method)[0]["kind"] == "cuda"
-
-    def _one_by_one(self, points: list[Point]) -> None:
-        for point in points:
+        # A worker holds inputs, and fresh ones for the check after timing; a point what its call allocates.
+        needed = problem_bytes(runnable[0]) * (1.5 * len({p.method for p in runnable}) + len(runnable))
+        crowded = bool(memory and needed > GROUP_SHARE * memory)
+        for point in runnable if crowded else self._measure(runnable, together=True):
             if self._out_of_time():
                 return
-            self._release(method for method in list(self.workers) if method != point.method)
-            item = self._prepare(point, together=False)
-            if isinstance(item, _Held):
-                self._take_turns([item])
-                self._finish(item)
-        self._release(list(self.workers))
+            self._release()
+            self._measure([point], together=False)
 
-    def _prepare(self, point: Point, together: bool = True) -> _Held | dict[str, Any] | None:
-        """A held point; None when it failed and its row is written; the answer when it ran out of memory
-        beside others."""
-        self.emit(Event("point", text=describe_point(point)))
-        held = _Held(point, time.monotonic(), together=together)
-        command = {
-            "do": "prepare",
-            "point": point.model_dump(mode="json"),
-            "timing": self.options.model_dump(mode="json"),
-            "ceilings": self.ceilings,
-        }
-        answer = self._ask(point.method, command)
-        if answer["status"] == "ready":
-            return held
-        if answer["status"] == "oom" and together and self._shares_gpu(point):
+    def _measure(self, points: list[Point], together: bool) -> list[Point]:
+        """Prepares points, lets them take turns and finishes them, a row each; returns those without a row,
+        which are to be measured alone.
+
+        A point that runs out of memory beside others may not be at fault. A worker that runs out drops all
+        it held, and a new one after a death holds nothing: its other points are lost as well.
+        """
+        held: list[_Held] = []
+        lost: list[Point] = []
+
+        def ask(item: _Held, do: str, **arguments: Any) -> dict[str, Any]:
+            method = item.point.method
+            answer = self._ask(method, {"do": do, "key": item.point.key(), **arguments})
+            if do != "finish" and answer["status"] in ("ok", "ready"):
+                return answer
+            out_of_memory = answer["status"] == "oom"
+            if not (out_of_memory and together):
+                self._write(item, answer)
+                held.remove(item)
+            if out_of_memory or method not in self.workers:
+                lost.extend(h.point for h in held if h.point.method == method)
+                held[:] = [h for h in held if h.point.method != method]
             return answer
-        self._write(held, answer)
-        return None
 
-    def _take_turns(self, held: list[_Held]) -> None:
+        for point in points:
+            self.emit(Event("point", text=describe_point(point)))
+            held.append(_Held(point, time.monotonic(), together=together))
+            ask(
+                held[-1],
+                "prepare",
+                point=point.model_dump(mode="json"),
+                timing=self.options.model_dump(mode="json"),
+                ceilings=self.ceilings,
+            )
         slice_s = self.options.max_seconds / self.options.rounds
         active = list(held)
         while active:
-            for item in list(active):
-                answer = self._ask(
-                    item.point.method, {"do": "sample", "key": item.point.key(), "seconds": slice_s}
-                )
-                if answer["status"] != "ok":
-                    self._write(item, answer)
-                    active.remove(item)
-                    held.remove(item)
-                elif answer["done"]:
-                    active.remove(item)
+            active = [h for h in active if h in held and not ask(h, "sample", seconds=slice_s).get("done")]
+        for item in list(held):
+            if item in held:
+                ask(item, "finish")
+        return lost
 
-    def _finish(self, item: _Held) -> None:
-        self._write(item, self._ask(item.point.method, {"do": "finish", "key": item.point.key()}))
-
-    def _release(self, methods: Iterable[str]) -> None:
-        for method in set(methods):
-            if method in self.workers:
-                self._ask(method, {"do": "release"})
+    def _release(self) -> None:
+        for method in list(self.workers):
+            self._ask(method, {"do": "release"})
 
     def close(self) -> None:
         """Ends all workers."""

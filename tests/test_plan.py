@@ -3,7 +3,8 @@
 import pytest
 
 from dashbench import doctor
-from dashbench.plan import plan, reachable_sparsity, skip_reason
+from dashbench.cost import estimate_ms
+from dashbench.plan import OVERHEAD_S, plan, reachable_sparsity, skip_reason
 from dashbench.rows import Point
 from dashbench.shapes import SHAPES
 from dashbench.timing_options import TimingOptions
@@ -67,6 +68,13 @@ def test_skipped_points_cost_nothing_and_longer_calls_cost_more():
     skipped, short, long = plan(grid, TimingOptions(), CPU, {})
     assert skipped.seconds == 0 and skipped.skip
     assert 0 < short.seconds < long.seconds
+
+
+def test_calls_too_long_for_the_fewest_samples_are_planned_with_three():
+    options = TimingOptions(min_samples=50, max_seconds=0.25)
+    (long,) = plan([point(context=262144, method="fa3")], options, HOPPER, {"fa3": "python"})
+    call = estimate_ms(long.point, HOPPER) / 1e3
+    assert call > 1 and long.seconds == pytest.approx(OVERHEAD_S + (3 + 6) * call)
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from dashbench.cost import problem_bytes
 from dashbench.methods import registry
-from dashbench.runner import Runner, run_suite
-from dashbench.store import newest, read_rows
+from dashbench.runner import GROUP_SHARE, Runner, run_suite
+from dashbench.store import Store, newest, read_rows
 from dashbench.suite import load_suite
 
 HERE = Path(__file__).parent
@@ -166,36 +167,97 @@ def test_finished_points_are_measured_again_on_request_only(tmp_path):
     assert len(rows) == 6 and len(newest(rows)) == 4
 
 
-def test_what_runs_out_of_memory_beside_others_is_measured_alone(tmp_path, monkeypatch):
-    """The check after timing of one runs out of memory while the other workers hold theirs."""
-    path = suite_file(tmp_path, "[dense@math, dense@flash, dense@efficient]")
-    loaded = load_suite(path)
-    asked, loaded_now = [], set()
-    environment = {"kind": "cuda", "device": "fake", "capability": [9, 0], "memory_bytes": 8e10}
+def crowded_suite(folder):
+    targets = ", ".join(f"{{S_flop: {s}}}" for s in (0.3, 0.5, 0.7))
+    return suite_file(folder, "[dense@math, dash@reference]", extra=f"sparsity: [{targets}]")
+
+
+class CrowdedGpu:
+    """Workers that share a GPU with room for a few points: one that runs out of memory drops all it held, one
+    that dies is gone, and both answer `KeyError` for a point they do not hold, as real ones do."""
+
+    def __init__(self, monkeypatch, fails, memory_bytes=8e10):
+        self.held = {}  # keys by method
+        self.fails = fails  # (method, step, points that all workers hold) -> status, or None
+        self.prepared = []
+        environment = {"kind": "cuda", "device": "fake", "capability": [9, 0], "memory_bytes": memory_bytes}
+        monkeypatch.setattr(Runner, "_ask", self.ask)
+        monkeypatch.setattr(Runner, "_environment", lambda *_: (environment, "fake0000"))
+        monkeypatch.setattr(Runner, "close", lambda _: None)
+        monkeypatch.setattr("dashbench.runner.skip_reason", lambda *_: None)
 
     def ask(self, method, command):
-        self.workers[method] = object()
-        asked.append((method, command["do"]))
-        if command["do"] == "release":
-            loaded_now.discard(method)
-        elif command["do"] == "prepare":
-            loaded_now.add(method)
-            return {"status": "ready"}
-        elif command["do"] == "finish":
-            if method == "dense@flash" and len(loaded_now) > 1:
-                return {"status": "oom", "reason": "out of memory"}
-            loaded_now.discard(method)
+        step, key = command["do"], command.get("key")
+        mine = self.held.setdefault(method, set())
+        self.runner.workers[method] = self
+        if step == "release":
+            mine.clear()
+        elif step == "prepare":
+            mine.add(key)
+            self.prepared.append(method)
+        elif step in ("sample", "finish") and key not in mine:
+            return {"status": "error", "reason": f"KeyError: {key}"}
+        if status := self.fails(method, step, sum(map(len, self.held.values()))):
+            mine.clear()
+            if status == "crashed":
+                del self.runner.workers[method]
+            return {"status": status, "reason": f"{status} in {step}"}
+        if step == "finish":
+            mine.remove(key)
             fields = {"latency_ms": 1.0, "latency_ci_ms": [1.0, 1.0], "samples": [1.0], "timing": {}}
             check = {"passed": True, "rows": 1}
             return {"status": "ok", "fields": {**fields, "checked": check, "recheck": check}}
-        return {"status": "ok", "ceilings": {}, "samples": 3, "done": "precise"}
+        return {"status": "ready" if step == "prepare" else "ok", "done": "precise"}
 
-    monkeypatch.setattr(Runner, "_ask", ask)
-    monkeypatch.setattr(Runner, "_environment", lambda self, method: (environment, "fake0000"))
-    monkeypatch.setattr(Runner, "close", lambda self: None)
-    monkeypatch.setattr("dashbench.runner.skip_reason", lambda *_: None)
-    summary = run_suite(loaded, tmp_path / "out")
-    assert summary.counts == {"ok": 3}
-    rows = {r["method"]: r for r in newest(read_rows(summary.store))}
-    assert rows["dense@math"]["timing"]["interleaved"] and not rows["dense@flash"]["timing"]["interleaved"]
-    assert asked.count(("dense@flash", "prepare")) == 2 and asked.count(("dense@math", "prepare")) == 1
+    def run(self, folder):
+        suite = load_suite(crowded_suite(folder))
+        with Store(folder / "s.jsonl") as store:
+            self.runner = Runner(suite, store, lambda event: None, None)
+            self.runner.run(suite.points(), retry_failed=False, again=False)
+        rows = read_rows(folder / "s.jsonl")
+        assert len(rows) == 4 and len({r["key"] for r in rows}) == 4, "every point once"
+        return {(r["method"], r["sparsity_target"]): r for r in rows}
+
+
+@pytest.mark.parametrize("step", ["prepare", "sample", "finish"])
+def test_what_runs_out_of_memory_beside_others_is_measured_alone(step, tmp_path, monkeypatch):
+    def fails(method, at, points):
+        return "oom" if method == "dash@reference" and at == step and points > 2 else None
+
+    gpu = CrowdedGpu(monkeypatch, fails)
+    rows = gpu.run(tmp_path)
+    assert {r["status"] for r in rows.values()} == {"ok"}
+    assert rows["dense@math", None]["timing"]["interleaved"] and gpu.prepared.count("dense@math") == 1
+    assert not rows["dash@reference", 0.3]["timing"]["interleaved"], "held when its worker ran out"
+
+
+@pytest.mark.parametrize("step", ["prepare", "sample", "finish"])
+def test_out_of_memory_when_alone_is_the_row(step, tmp_path, monkeypatch):
+    def fails(method, at, points):
+        return "oom" if method == "dash@reference" and at == step else None
+
+    rows = CrowdedGpu(monkeypatch, fails).run(tmp_path)
+    assert rows["dense@math", None]["status"] == "ok"
+    sparse = [r for (method, _), r in rows.items() if method == "dash@reference"]
+    assert [(r["status"], r["reason"]) for r in sparse] == 3 * [("oom", f"oom in {step}")]
+
+
+def test_a_worker_that_dies_loses_no_point_but_its_own(tmp_path, monkeypatch):
+    deaths = iter(["crashed"])
+
+    def fails(method, at, points):
+        return next(deaths, None) if (method, at) == ("dash@reference", "sample") else None
+
+    rows = CrowdedGpu(monkeypatch, fails).run(tmp_path)
+    assert sorted(r["status"] for r in rows.values()) == ["crashed", "ok", "ok", "ok"]
+
+
+@pytest.mark.parametrize("sizes, together", [(6.9, 1), (7.1, 4)])
+def test_a_group_that_does_not_fit_is_never_loaded_together(sizes, together, tmp_path, monkeypatch):
+    """Every point counts, not every method: four hold what their calls allocate, two workers their inputs."""
+    size = problem_bytes(load_suite(crowded_suite(tmp_path)).points()[0])
+    most = []
+    gpu = CrowdedGpu(monkeypatch, lambda method, at, points: most.append(points), sizes * size / GROUP_SHARE)
+    rows = gpu.run(tmp_path)
+    assert {r["status"] for r in rows.values()} == {"ok"}
+    assert max(most) == together
