@@ -103,8 +103,8 @@ JOINED = 32
 """Splits that a program of a balanced combine joins at a time: one turn for most groups of a large batch."""
 
 MOST_SPLITS = 64
-"""Splits of a group that `combine` joins, unless more are asked for; one size, so that a batch of another size
-does not compile it anew."""
+"""Splits of a group that `combine` joins, unless more are asked for; one size, so that another batch does not
+compile it anew."""
 
 STEP_SCORES = 1 << 26
 """Routing scores (fp32) that one step of `attend_cache` may keep: 256 MiB."""
@@ -307,7 +307,7 @@ class DecodeStep:
             combine_balanced_kernel[grid](
                 space.partial_output, space.partial_statistics, space.counts, space.spans, self.output,
                 _strides(self.output), self.new_tokens,
-                G=self.group, D=self.head_dim, SPLITS=JOINED, WIDTH=width, num_warps=4, **common,
+                G=self.group, D=self.head_dim, SPLITS=JOINED, WIDTH=width, num_warps=1, **common,
             )  # fmt: skip
             return self.output
         combine_kernel[grid](

@@ -10,6 +10,8 @@ from dashbench.baselines.adasplash_entmax import entmax_rows, prepare
 from dashbench.baselines.api import Unsupported
 from dashbench.check import gate
 
+SHAPE = {"kv_heads": 2, "group": 4, "head_dim": 128, "block_size": 64}
+
 
 def bisected_entmax(scores):
     """Entmax-1.5 of a list of fp64 scores: p = [z / 2 − τ]₊² with τ halved down to where they sum to one."""
@@ -43,9 +45,18 @@ def test_a_cpu_is_refused():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(util.find_spec("adasplash") is None, reason="adasplash is not installed")
-@pytest.mark.parametrize("phase,length", [("prefill", 1024), ("prefill", 1000), ("train", 512)])
-def test_the_library_agrees_on_a_gpu(phase, length):
-    shape = {"kv_heads": 2, "group": 4, "head_dim": 128, "block_size": 64, "device": "cuda"}
-    problem = make_problem(phase, length, dtype=torch.bfloat16, **shape)
+@pytest.mark.parametrize("length", [1024, 1000])
+def test_the_library_agrees_on_a_gpu(length):
+    problem = make_problem("prefill", length, dtype=torch.bfloat16, device="cuda", **SHAPE)
     check = gate(prepare(problem), problem)
     assert check.passed, check.detail
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(util.find_spec("adasplash") is None, reason="adasplash is not installed")
+def test_training_is_judged_on_a_gpu():
+    """0.2.2 misses fp64 by 3 to 4.5 % in the gradients of 512 tokens (H100, one refinement step): rows say
+    `incorrect`. This fails when a later version does better, and then the note in baselines goes too."""
+    problem = make_problem("train", 512, dtype=torch.bfloat16, device="cuda", **SHAPE)
+    check = gate(prepare(problem), problem)
+    assert not check.passed and "gradient of query" in check.detail

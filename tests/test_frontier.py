@@ -102,6 +102,28 @@ def test_who_is_on_the_frontier_and_how_sure_that_is():
     assert {p.configuration: p.mark for p in again.points} == {p.configuration: p.mark for p in found.points}
 
 
+def test_an_unfinished_configuration_is_left_out_and_named():
+    rows = study(documents=40)
+    kept = [
+        r for r in rows if not (r["method"] == "nsa" and r["sparsity_target"] == 0.75 and r["doc_id"] > 20)
+    ]
+    found = scores(kept)[0]
+    assert len(found.documents) == 80, "the others keep all of theirs"
+    assert {c.label: why for c, why in found.left_out.items()} == {
+        "nsa 75 %": "answered 42 of 80 documents so far"
+    }
+
+
+def test_frontiers_are_compared_where_both_were_measured():
+    rows = study(documents=200)
+    (whole,) = pareto(rows)
+    (short,) = pareto([r for r in rows if r["method"] != "dash" or (r["sparsity_target"] or 0) <= 0.5])
+    gaps = [{(a, b): gap for a, b, gap in p.differences} for p in (whole, short)]
+    assert gaps[0]["dash", "nsa"].low > 0
+    assert gaps[1]["dash", "nsa"].low > 0, "not run beyond 50 %, so not beaten there"
+    assert gaps[1]["infllmv2", "nsa"] == gaps[0]["infllmv2", "nsa"]
+
+
 def test_paired_tests_use_the_same_documents():
     """Two methods that differ on few documents are told apart although their own intervals overlap widely."""
     rows = []

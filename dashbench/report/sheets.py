@@ -162,6 +162,7 @@ def volume_sheet(found: Pareto) -> Sheet:
         f"Share of the plane of accuracy and {found.axis} that each method dominates at {where} tokens",
         ("method", "hypervolume*"),
         rows,
+        "one less another: over the costs that both were measured down to" if found.differences else "",
     )
 
 
