@@ -236,13 +236,15 @@ def _attend_kernel(
         [
             (_consume, (
                 query, out, lse, own_entries, own_bias, count, own, query_base, query_stride_h,
-                query_stride_n, out_base, out_stride_h, out_stride_n, lse_base, tokens, tile * TILE, scale_log2,
+                query_stride_n, out_base, out_stride_h, out_stride_n, lse_base, tokens, tile * TILE,
+                scale_log2,
                 key_ring, value_ring, key_full, value_full, key_empty, value_empty,
                 0, GROUP, HALF, HEAD_DIM, CHUNK, STAGES, BIAS,
             )),
             (_consume, (
                 query, out, lse, own_entries, own_bias, count, own, query_base, query_stride_h,
-                query_stride_n, out_base, out_stride_h, out_stride_n, lse_base, tokens, tile * TILE, scale_log2,
+                query_stride_n, out_base, out_stride_h, out_stride_n, lse_base, tokens, tile * TILE,
+                scale_log2,
                 key_ring, value_ring, key_full, value_full, key_empty, value_empty,
                 1, GROUP, HALF, HEAD_DIM, CHUNK, STAGES, BIAS,
             )),

@@ -126,7 +126,7 @@ def _mlp_forward(key, value, stride: int, first, first_bias, second, second_bias
 
 class _MlpWindows(torch.autograd.Function):
     """The forward kernel; the backward recomputes `mlp_windows_eager`, slice by slice, in fp32: in bf16 the
-    sums of overlapping windows and the hidden units' signs cost a value's gradient half a percent (LOG.md)."""
+    sums of overlapping windows and the hidden units' signs cost a value's gradient half a percent."""
 
     @staticmethod
     def forward(ctx, key, value, stride: int, *weights):
