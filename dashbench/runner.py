@@ -312,8 +312,7 @@ class Runner:
             given = os.environ.get(MEMORY_VARIABLE)
             free = psutil.virtual_memory().available
             self.memory_limit = int(float(given) * 2**30) if given else int(HOST_MEMORY_SHARE * free)
-            self._drop_worker(first)  # restarted with the limit
-        self.ceilings = self._ask(first, {"do": "ceilings"}).get("ceilings", {})
+            self._worker(first).memory_limit = self.memory_limit
 
         todo = []
         for point in points:
@@ -323,6 +322,8 @@ class Runner:
             else:
                 todo.append(point)
         self.emit(Event("start", total=len(todo), text=environment["device"]))
+        if todo:
+            self.ceilings = self._ask(first, {"do": "ceilings"}).get("ceilings", {})
         groups: dict[str, list[Point]] = {}
         for point in sorted(todo, key=_cost_order):
             groups.setdefault(_group_key(point), []).append(point)

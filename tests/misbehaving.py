@@ -72,11 +72,11 @@ CALLS = {"late": 0}
 
 
 def late(problem):
-    """Right at the gate, wrong later: only the re-check on fresh inputs sees it."""
+    """Right at the gate, twice to warm up and for the fewest samples; only the re-check sees it is not."""
 
     def run():
         CALLS["late"] += 1
         out = _right(problem)
-        return out if CALLS["late"] < 8 else out + 0.5
+        return out if CALLS["late"] < 7 else out + 0.5
 
     return _operator(problem, run)

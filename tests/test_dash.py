@@ -200,7 +200,7 @@ if DEVICE == "cuda":
 
 @pytest.mark.parametrize(("mode", "sigma", "forced"), BIASES)
 def test_bias_reaches_the_scores(mode, sigma, forced):
-    q, k, v, s = planted(75, batch=2, seed=6)
+    q, k, v, s = planted(75, seed=6)
     options = DashOptions(16, 0.8, bias_mode=mode, sigma=sigma, forced=forced)
     given = {"chunk_size": 16, "scaling_factor": 0.8, "bias_mode": mode, "sigma": sigma, "forced": forced}
     out, routes = dash_attention(q, k, v, s, **given, return_routing=True)

@@ -26,13 +26,10 @@ def rows(tmp_path_factory):
     for name in ("prefill", "decode"):
         for line in (H200 / f"{name}.jsonl").read_text().splitlines():
             row = json.loads(line)
-            if (
-                row["routing"] == "topics"
-                and not row["routing_options"]
-                and row["context"] in (4096, 16384, 65536)
-            ):
+            usual = row["routing"] == "topics" and not row["routing_options"] and row["batch"] == 1
+            if usual and row["context"] in (4096, 16384, 65536):
                 kept.append(row)
-    accuracy = [r | {"environment_key": kept[0]["environment_key"]} for r in study(30, lengths=(4096, 16384))]
+    accuracy = [r | {"environment_key": kept[0]["environment_key"]} for r in study(30, lengths=(16384,))]
     (folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in kept + accuracy))
     return folder
 

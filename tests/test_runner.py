@@ -127,7 +127,7 @@ def test_each_misbehaving_method_gives_its_row_and_costs_the_others_nothing(
     entry_points("misbehaving", {n.lower(): f"misbehaving:{n}" for n in names}, HERE)
     monkeypatch.setenv("DASHBENCH_HOST_MEMORY_GIB", "2.5")
     bad = [f"bad@{n.lower()}" for n in names]
-    suite = load_suite(suite_file(tmp_path, f"[{', '.join([*bad[:3], 'dense@math', *bad[3:]])}]", timeout=20))
+    suite = load_suite(suite_file(tmp_path, f"[{', '.join([*bad[:3], 'dense@math', *bad[3:]])}]", timeout=12))
     summary = run_suite(suite, tmp_path / "out")
     rows = {r["method"]: r for r in read_rows(tmp_path / "out" / "s.jsonl")}
     found = {name: (row["status"], row["reason"]) for name, row in rows.items()}
@@ -136,7 +136,7 @@ def test_each_misbehaving_method_gives_its_row_and_costs_the_others_nothing(
     assert "about to read address zero" in rows["bad@segfault"]["log_tail"]
     assert found["bad@wrong"][0] == "incorrect" and "off by" in found["bad@wrong"][1]
     assert found["bad@hog"] == ("oom", "out of memory: took more than 2.5 GiB of host memory")
-    assert found["bad@hang"] == ("timeout", "no answer to prepare within 20 s")
+    assert found["bad@hang"] == ("timeout", "no answer to prepare within 12 s")
     assert found["bad@raises"] == ("error", "RuntimeError: this method")
     assert found["bad@late"][0] == "incorrect" and "after timing" in found["bad@late"][1]
     assert all(r["latency_ms"] is None for name, r in rows.items() if name.startswith("bad"))
