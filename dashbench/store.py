@@ -13,6 +13,7 @@ import errno
 import gzip
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,12 +49,31 @@ class Store:
         except OSError as problem:
             raise StoreError(f"cannot write to {path.parent}: {problem.strerror}") from None
         try:
+            self._unpack()
             self._repair()
             self._rows = {(r["key"], r["environment_key"]): r for r in read_rows(path)}
             self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed in `close`)
         except BaseException:
             self._lock.release()
             raise
+
+    def _unpack(self) -> None:
+        """Puts a store that was packed with gzip back, so that a run goes on where it stopped."""
+        packed = self.path.with_name(self.path.name + ".gz")
+        if self.path.exists() or not packed.exists():
+            return
+        whole = self.path.with_name(self.path.name + ".unpacking")
+        try:
+            with gzip.open(packed) as source, open(whole, "wb") as target:
+                shutil.copyfileobj(source, target)
+                target.flush()
+                os.fsync(target.fileno())
+        except (OSError, EOFError) as problem:
+            whole.unlink(missing_ok=True)
+            raise StoreError(f"cannot unpack {packed}: {problem}") from None
+        whole.rename(self.path)
+        packed.unlink()
+        self.notices.append(f"{packed}: unpacked to go on; `gzip -9n {self.path}` packs it again")
 
     def _repair(self) -> None:
         """Cuts off a last line without an end: the write that a crash interrupted."""
@@ -154,13 +174,18 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def newest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The newest row of every (key, environment_key)."""
-    return list({(r["key"], r["environment_key"]): r for r in rows}.values())
+    """The newest row of every (key, environment_key), by time: several files may hold a point."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in rows:
+        point = row["key"], row["environment_key"]
+        if point not in found or row["timestamp"] >= found[point]["timestamp"]:
+            found[point] = row
+    return list(found.values())
 
 
 def store_files(path: Path) -> list[Path]:
     """The row files that a path given by a user means: a file, or the `.jsonl` files of a folder and those
-    that were packed with gzip (`.jsonl.gz`; a large study's, for reading only).
+    that were packed with gzip (`.jsonl.gz`; a run that goes on with one unpacks it).
 
     Raises:
         StoreError: there is none.

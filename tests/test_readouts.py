@@ -67,8 +67,8 @@ def test_figures_are_drawn_again_byte_for_byte(tmp_path):
     ("words", "sentence"),
     [
         (["crossover", "nowhere"], "nowhere: no rows here"),
-        (["crossover", H200 / "context.jsonl"], "no sparse method has a dense row beside it"),
-        (["compare", H200 / "context.jsonl", H200 / "prefill.jsonl"], ""),
+        (["crossover", H200 / "context.jsonl.gz"], "no sparse method has a dense row beside it"),
+        (["compare", H200 / "context.jsonl.gz", H200 / "prefill.jsonl"], ""),
         (["compare", "nowhere", "nowhere"], "nowhere: no rows here"),
         (["compare", "a", "b", "--fail-on", "faster"], "--fail-on: expected slower, got 'faster'"),
         (["figures", "nowhere"], "nowhere: no rows here"),

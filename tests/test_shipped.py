@@ -20,7 +20,7 @@ TASK, DOCUMENTS, SPARSITY = "niah_multikey_2", 2, 0.3
 def test_a_fixed_subset_is_answered_as_committed(tmp_path):
     """Of each checkpoint the first documents of a task at one sparsity, by the knob that was found then."""
     committed = defaultdict(dict)
-    for row in newest(read_rows(ROOT / "results" / "cpu" / "miniature-accuracy.jsonl")):
+    for row in newest(read_rows(ROOT / "results" / "cpu" / "miniature-accuracy.jsonl.gz")):
         if row["task"] == TASK and row["doc_id"] < DOCUMENTS and row["sparsity_target"] in (None, SPARSITY):
             committed[row["label"]][row["doc_id"]] = row
     assert set(committed) == {"dense", "dash", "nsa", "infllmv2"}

@@ -162,3 +162,21 @@ def test_packed_rows_are_read_too(tmp_path):
     (tmp_path / "big.jsonl.gz").write_bytes(cut)
     with pytest.raises(StoreError, match=r"cannot read .*big\.jsonl\.gz"):
         read_rows(tmp_path / "big.jsonl.gz")
+
+
+def test_a_run_goes_on_with_a_packed_store(tmp_path):
+    path, packed = tmp_path / "s.jsonl", tmp_path / "s.jsonl.gz"
+    with Store(path) as store:
+        store.append(row(1))
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    path.unlink()
+    with Store(path) as store:
+        assert "unpacked" in store.notices[0]
+        assert store.find(row(1).key, row(1).environment_key)
+        store.append(row(2))
+    assert len(read_rows(path)) == 2 and not packed.exists()
+    path.unlink()
+    packed.write_bytes(b"no gzip at all")
+    with pytest.raises(StoreError, match="cannot unpack"):
+        Store(path)
+    assert packed.exists() and not path.exists()
