@@ -21,12 +21,13 @@ from dashbench.tables import wide_console
 
 
 def load(stores: list[Path]) -> list[dict[str, Any]]:
-    """The newest rows of all files that the paths mean.
+    """The newest rows of each file that the paths mean; a point may be in several, each with its own run's
+    dense rows beside it.
 
     Raises:
         StoreError: there are none.
     """
-    rows = newest([row for store in stores for file in store_files(store) for row in read_rows(file)])
+    rows = [row for store in stores for file in store_files(store) for row in newest(read_rows(file))]
     if not rows:
         raise StoreError(f"{', '.join(map(str, stores))}: no rows yet")
     return rows

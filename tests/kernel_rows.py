@@ -5,8 +5,9 @@ import numpy as np
 
 def row(method, context, samples, **more):
     base = {
-        "key": f"{method}/{context}",
         "status": "ok",
+        "suite": "made-up@0",
+        "timestamp": "2026-11-24T12:00:00+00:00",
         "environment_key": "e",
         "method": method,
         "phase": "prefill",
@@ -21,7 +22,10 @@ def row(method, context, samples, **more):
         "latency_ms": float(np.median(samples)),
         "samples": list(samples),
     }
-    return {**base, **more}
+    whole = {**base, **more}
+    asked = ("phase", "batch", "shape", "routing", "routing_options", "cache", "launch", "sparsity_target")
+    key = "/".join([method, str(context), *(str(whole.get(name)) for name in asked)])
+    return {"key": key, **whole}
 
 
 def noisy(rng, centre, count=30, spread=0.01):

@@ -127,3 +127,18 @@ def test_the_same_distribution_is_hardly_ever_called_different():
     before = [row("m", n, noisy(rng, 1.0, 30, 0.03)) for n in range(100)]
     after = [row("m", n, noisy(rng, 1.0, 30, 0.03)) for n in range(100)]
     assert sum(c.verdict in ("FASTER", "SLOWER") for c in compare(before, after)) == 0
+
+
+def test_a_row_is_held_against_the_dense_rows_of_its_own_suite():
+    def at(method, ms, suite, time="2026-11-24T00:00:00+00:00"):
+        return {**row(method, 4096, [ms, ms * 1.01, ms * 0.99]), "suite": f"{suite}@0", "timestamp": time}
+
+    rows = [
+        at("fa3", 2.0, "first"), at("dash", 1.0, "first"),
+        at("fa3", 1.0, "second", "2026-11-25T00:00:00+00:00"), at("nsa", 1.0, "second"),
+        at("infllmv2", 1.0, "third"),
+    ]  # fmt: skip
+    found = {line.method: points[0].ratio.value for line, points in speedups(rows).items()}
+    assert found["dash"] == pytest.approx(2, rel=0.02), "not against the other day's"
+    assert found["nsa"] == pytest.approx(1, rel=0.02)
+    assert found["infllmv2"] == pytest.approx(1, rel=0.02), "the fastest there is, without any of its own"

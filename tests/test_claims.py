@@ -33,7 +33,7 @@ def test_a_speedup_needs_its_whole_interval_on_one_side(ratio, spread, verdict):
     (found,) = verdict_of(speedup_rows(ratio, spread), "dash-decode-75")
     assert found.verdict == verdict and found.required == pytest.approx(1.96 * 0.9)
     assert found.measured.low < ratio * (1 + spread) and found.measured.high > ratio * (1 - spread)
-    assert set(found.rows) == {"dash/98304", "fa3/98304"}
+    assert [key.partition("/")[0] for key in found.rows] == ["dash", "fa3"]
 
 
 def test_other_peoples_kernels_are_judged_by_their_own_rows():

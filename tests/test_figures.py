@@ -24,6 +24,8 @@ def row(method="fa3", phase="prefill", context=1024, batch=1, ms=1.0, **more):
         "s_flop": 0.0,
         "key": f"{method}/{phase}/{context}/{batch}",
         "environment_key": "e",
+        "suite": "made-up@0",
+        "timestamp": "2026-11-24T12:00:00+00:00",
         "shape": {"name": "s"},
         "dtype": "bfloat16",
         "routing": "topics",

@@ -12,6 +12,7 @@ from accuracy_rows import study
 from typer.testing import CliRunner
 
 from dashbench.cli import app
+from dashbench.store import read_rows, store_files
 
 H200 = Path(__file__).parent.parent / "results" / "nvidia-h200"
 WORKLOAD = H200.parent.parent / "suites" / "workloads" / "chat.yaml"
@@ -23,9 +24,8 @@ def rows(tmp_path_factory):
     """Some committed kernel rows and a made-up study of accuracy."""
     folder = tmp_path_factory.mktemp("rows")
     kept = []
-    for name in ("prefill", "decode"):
-        for line in (H200 / f"{name}.jsonl").read_text().splitlines():
-            row = json.loads(line)
+    for file in store_files(H200):
+        for row in read_rows(file) if file.name.startswith(("prefill.", "decode.")) else ():
             usual = row["routing"] == "topics" and not row["routing_options"] and row["batch"] == 1
             if usual and row["context"] in (4096, 16384, 65536):
                 kept.append(row)

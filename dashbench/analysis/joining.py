@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dashbench.analysis.points import TIMING_PREFERENCE, best_dense, finished, is_dense, setting
+from dashbench.analysis.points import TIMING_PREFERENCE, DenseRows, finished, is_dense, setting
 from dashbench.analysis.statistics import row_medians
 from dashbench.cost import routing_share
 
@@ -58,7 +58,7 @@ class KernelCosts:
         }
         self.way = next((w for w in TIMING_PREFERENCE if w in ways), None)
         mine = [r for r in mine if (r["cache"], r["launch"]) == self.way]
-        self.dense = {s.context: r for s, r in best_dense(mine).items()}
+        self.dense = {s.context: r for s, r in DenseRows(mine).fastest.items()}
         self.sparse: dict[str, dict[int, dict[float, dict[str, Any]]]] = defaultdict(
             lambda: defaultdict(dict)
         )

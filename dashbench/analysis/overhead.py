@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from dashbench.analysis.points import best_dense, finished, is_dense, routing_name, setting
+from dashbench.analysis.points import DenseRows, finished, is_dense, routing_name
 from dashbench.analysis.statistics import Interval, ratio_of_rows
 
 LONGEST = 16384
@@ -86,21 +86,21 @@ def overheads(rows: Iterable[dict[str, Any]], longest: int = LONGEST) -> list[Ov
         longest: tokens.
     """
     rows = list(rows)
-    dense = best_dense(rows)
+    dense = DenseRows(rows)
     out = []
     for i, row in enumerate(finished(rows)):
-        where = setting(row)
-        if is_dense(row) or row["context"] > longest or not row.get("stages_ms") or where not in dense:
+        base = dense.beside(row)
+        if is_dense(row) or row["context"] > longest or not row.get("stages_ms") or base is None:
             continue
         parts, scaled = _parts(row)
-        whole, base = row["latency_ms"], dense[where]["latency_ms"]
-        lose_ms = max(0.0, whole - base)
+        whole = row["latency_ms"]
+        lose_ms = max(0.0, whole - base["latency_ms"])
         bound = row.get("percent_of_ceiling")
         out.append(
             Overhead(
                 row,
-                dense[where],
-                ratio_of_rows(row, dense[where], seed=i),
+                base,
+                ratio_of_rows(row, base, seed=i),
                 parts,
                 scaled,
                 lose_ms / whole,

@@ -10,6 +10,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from dashbench.store import newest
+
 DENSE_FAMILIES = ("dense", "fa3")
 
 # Methods that are dense but not the same computation (another precision) never serve as the dense baseline.
@@ -77,6 +79,11 @@ def line(row: dict[str, Any]) -> Line:
     return Line(*setting(row)[:-1], row["method"], row["sparsity_target"], routing_name(row))
 
 
+def suite_name(row: dict[str, Any]) -> str:
+    """Name of the suite that a row was measured by."""
+    return row["suite"].partition("@")[0]
+
+
 def is_dense(row: dict[str, Any]) -> bool:
     """Whether a row can be the dense baseline of others."""
     return row["method"].split("@")[0] in DENSE_FAMILIES and row["method"] not in NOT_A_BASELINE
@@ -113,23 +120,41 @@ def one_environment(rows: Iterable[dict[str, Any]], wanted: str | None = None) -
 
 
 def finished(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows that have a latency, in a stable order."""
+    """The rows that have a latency, in a stable order: the newest of a point, of dense points one a suite."""
     ok = [r for r in kernel_rows(rows) if r["status"] == "ok"]
-    return sorted(ok, key=lambda r: (setting(r), r["method"], r["sparsity_target"] or 0.0, r["key"]))
+    kept = newest([r for r in ok if not is_dense(r)]) + [r for r in ok if is_dense(r)]
+    return sorted(
+        kept, key=lambda r: (setting(r), r["method"], r["sparsity_target"] or 0.0, r["key"], r["suite"])
+    )
 
 
-def best_dense(rows: Iterable[dict[str, Any]]) -> dict[Setting, dict[str, Any]]:
-    """The fastest dense row of every setting that has one.
+class DenseRows:
+    """The fastest dense rows: what speedups are over.
 
-    Dense kernels do the same work whatever the inputs, so rows of any routing count.
+    Dense kernels do the same work whatever the inputs, so rows of any routing count. Runs of different days
+    differ by more than their intervals say (clocks, power), so a row is held against the dense rows of its
+    own suite where that measured some.
+
+    Args:
+        rows: stored rows of any kind.
     """
-    best: dict[Setting, dict[str, Any]] = {}
-    for row in finished(rows):
-        if is_dense(row):
-            current = best.get(setting(row))
-            if current is None or row["latency_ms"] < current["latency_ms"]:
-                best[setting(row)] = row
-    return best
+
+    def __init__(self, rows: Iterable[dict[str, Any]]):
+        self.fastest: dict[Setting, dict[str, Any]] = {}
+        self._of_suite: dict[tuple[Setting, str], dict[str, Any]] = {}
+        for row in finished(rows):
+            if is_dense(row):
+                for held, place in ((self.fastest, setting(row)), (self._of_suite, _in_suite(row))):
+                    if place not in held or row["latency_ms"] < held[place]["latency_ms"]:
+                        held[place] = row
+
+    def beside(self, row: dict[str, Any]) -> dict[str, Any] | None:
+        """The fastest dense row of the same setting, or None."""
+        return self._of_suite.get(_in_suite(row)) or self.fastest.get(setting(row))
+
+
+def _in_suite(row: dict[str, Any]) -> tuple[Setting, str]:
+    return setting(row), suite_name(row)
 
 
 def lines(rows: Iterable[dict[str, Any]]) -> dict[Line, list[dict[str, Any]]]:

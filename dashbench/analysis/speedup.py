@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from dashbench.analysis.points import Line, best_dense, is_dense, lines, setting
+from dashbench.analysis.points import DenseRows, Line, is_dense, lines
 from dashbench.analysis.statistics import Interval, ratio_of_rows, row_medians
 
 
@@ -30,13 +30,13 @@ class Speedup:
 def speedups(rows: Iterable[dict[str, Any]]) -> dict[Line, list[Speedup]]:
     """Speedup of every sparse row whose setting has a dense row, by line and ascending context."""
     rows = list(rows)
-    dense = best_dense(rows)
+    dense = DenseRows(rows)
     found = {}
     for name, members in lines(rows).items():
         points = [
-            Speedup(r, dense[setting(r)], ratio_of_rows(dense[setting(r)], r, seed=i))
+            Speedup(r, base, ratio_of_rows(base, r, seed=i))
             for i, r in enumerate(members)
-            if setting(r) in dense and not is_dense(r)
+            if not is_dense(r) and (base := dense.beside(r)) is not None
         ]
         if points:
             found[name] = points
