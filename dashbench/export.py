@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dashbench.store import newest, read_rows, store_files
+from dashbench.store import stored_rows
 
 DROPPED = ("samples", "log_tail")
 
@@ -50,7 +50,7 @@ def export_rows(store: Path, target: Path, kind: str) -> int:
     """
     import pandas
 
-    rows = [flat(row) for file in store_files(store) for row in newest(read_rows(file))]
+    rows = [flat(row) for row in stored_rows(store)]
     frame = pandas.DataFrame(rows)
     # Columns of mixed types (a knob that is a number here and a word there) are text in Parquet.
     for name in frame.select_dtypes(object).columns:

@@ -22,7 +22,7 @@ from dashbench.models.kinds import KNOBS, CheckpointError
 from dashbench.plan import Planned
 from dashbench.rows_latency import LatencyPoint, LatencyRow
 from dashbench.runner import DONE, Event, Summary
-from dashbench.store import Store, newest, read_rows, store_files
+from dashbench.store import Store, stored_rows
 from dashbench.suite import Suite
 from dashbench.tasks.documents import TaskSkipped
 
@@ -208,9 +208,8 @@ class Bench:
 
 def kernel_rows(folder: Path, environment_key: str) -> list[dict[str, Any]]:
     """Measured kernel rows of this environment in a folder."""
-    rows = [r for path in store_files(folder) for r in newest(read_rows(path))]
-    same = [r for r in rows if r.get("kind") == "kernel" and r["environment_key"] == environment_key]
-    return [r for r in same if r["status"] == "ok"]
+    ok = [r for r in stored_rows(folder) if r.get("kind") == "kernel" and r["status"] == "ok"]
+    return [r for r in ok if r["environment_key"] == environment_key]
 
 
 def planted_states(model: Any, point: LatencyPoint) -> tuple[Any, Any]:

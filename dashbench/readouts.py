@@ -16,7 +16,7 @@ from dashbench.analysis.speedup import crossovers, speedups
 from dashbench.figures import draw_latency, draw_speedup
 from dashbench.report import sheets
 from dashbench.report.sheet import print_sheet
-from dashbench.store import StoreError, newest, read_rows, store_files
+from dashbench.store import StoreError, newest, read_rows, store_files, stored_rows
 from dashbench.tables import wide_console
 
 
@@ -27,7 +27,7 @@ def load(stores: list[Path]) -> list[dict[str, Any]]:
     Raises:
         StoreError: there are none.
     """
-    rows = [row for store in stores for file in store_files(store) for row in newest(read_rows(file))]
+    rows = [row for store in stores for row in stored_rows(store)]
     if not rows:
         raise StoreError(f"{', '.join(map(str, stores))}: no rows yet")
     return rows

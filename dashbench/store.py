@@ -14,7 +14,7 @@ import gzip
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +173,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def newest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def newest(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """The newest row of every (key, environment_key), by time: several files may hold a point."""
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for row in rows:
@@ -196,3 +196,12 @@ def store_files(path: Path) -> list[Path]:
     if not found:
         raise StoreError(f"{path}: no rows here (expected a .jsonl file, or a folder that holds some)")
     return found
+
+
+def stored_rows(path: Path) -> list[dict[str, Any]]:
+    """The newest rows of each file that a path means; a point that is in several files is there for each.
+
+    Raises:
+        StoreError: see `store_files` and `read_rows`.
+    """
+    return [row for file in store_files(path) for row in newest(read_rows(file))]

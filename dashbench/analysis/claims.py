@@ -172,11 +172,8 @@ def _speedup(claim: Claim, who: str, names: list[str], rows: list[dict[str, Any]
     for row in _way(mine):
         rivals = [r for r in here if _matches(r["method"], check.over) and setting(r) == setting(row)]
         if rivals:
-            beside = [
-                r for r in rivals if suite_name(r) == suite_name(row)
-            ]  # of the same run where there are
-            rivals = beside or rivals
-            other = min(rivals, key=lambda r: (r["latency_ms"], r["key"]))
+            same_run = [r for r in rivals if suite_name(r) == suite_name(row)]
+            other = min(same_run or rivals, key=lambda r: (r["latency_ms"], r["key"]))
             ratio = ratio_of_rows(other, row)
             verdict, why = _judge(ratio, required)
             where = f"batch {row['batch']}, {routing_name(row)}, S {100 * row['s_flop']:.1f} %"

@@ -66,13 +66,13 @@ def compare(
         A comparison for each point that is finished in both, in the order of `before`.
     """
     exact, only = {}, {}
-    for r in finished(newest(list(after))):
+    for r in finished(newest(after)):
         exact[r["key"], r["environment_key"]] = r
         # A point measured in several environments has no one partner in a further one.
         only[r["key"]] = None if r["key"] in only else r
     matched = [
         (r, exact.get((r["key"], r["environment_key"])) or only.get(r["key"]))
-        for r in finished(newest(list(before)))
+        for r in finished(newest(before))
     ]
     pairs = [(b, a) for b, a in matched if a is not None]
     raw = [

@@ -13,6 +13,7 @@ from dashbench.analysis.accuracy import (
     Configuration,
     PairedTest,
     Scores,
+    accuracy_rows,
     around,
     draws,
     natural_pairs,
@@ -319,7 +320,7 @@ def pareto(
         AnalysisError: no accuracy rows, rows of several environments, or no kernel rows where they matter.
     """
     rows = list(rows)
-    samples = [r for r in rows if r.get("kind") == "accuracy" and r["status"] == "ok"]
+    samples = accuracy_rows(rows)
     found = scores(one_environment(samples, environment) if samples else samples, tasks, lengths)
     kernels = None
     if axis in ("latency", "memory"):

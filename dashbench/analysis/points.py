@@ -122,7 +122,7 @@ def one_environment(rows: Iterable[dict[str, Any]], wanted: str | None = None) -
 def finished(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows that have a latency, in a stable order: the newest of a point, of dense points one a suite."""
     ok = [r for r in kernel_rows(rows) if r["status"] == "ok"]
-    kept = newest([r for r in ok if not is_dense(r)]) + [r for r in ok if is_dense(r)]
+    kept = newest(r for r in ok if not is_dense(r)) + [r for r in ok if is_dense(r)]
     return sorted(
         kept, key=lambda r: (setting(r), r["method"], r["sparsity_target"] or 0.0, r["key"], r["suite"])
     )
