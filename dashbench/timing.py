@@ -5,8 +5,8 @@
 * `eager`: a sample is the time between CUDA events around one call issued from Python, so a call shorter
   than its own launch shows the launch. Beside it `host_ms` (Python and driver time of the call) and `gpu_ms`
   (the same call queued behind a blocking kernel, launches hidden).
-* `cold`: calls rotate through copies of the inputs that together exceed twice the L2 cache. `warm`: always
-  the same inputs.
+* `cold`: calls rotate through copies of the inputs, of which the calls together read and write more than
+  twice the L2 cache. `warm`: always the same inputs.
 * On a CPU a sample is `perf_counter` around one call.
 
 Sampling comes in slices so that a runner can let several methods take turns, and stops by itself: when the
@@ -52,22 +52,24 @@ HIDDEN_CALLS = 20
 LONG_CALL_MS = 5.0
 
 
-def rotation(bytes_of_one: int, cache_bytes: int, cache: str, spare_bytes: int) -> int:
+def rotation(bytes_of_one: int, touched_bytes: float, cache_bytes: int, cache: str, spare_bytes: int) -> int:
     """Copies of the inputs to rotate through.
 
     Args:
-        bytes_of_one: inputs and output of one call.
+        bytes_of_one: inputs and output of one call, in memory.
+        touched_bytes: what a call reads and writes of them; a sparse method's decode step leaves most of its
+            cache alone, and so little would still be in L2 a turn later.
         cache_bytes: L2 size.
         cache: `cold` or `warm`.
         spare_bytes: memory that copies may take.
 
     Returns:
-        1 when warm, or when one call alone sweeps the cache many times over; else enough to exceed twice the
-        cache, as far as memory and `MAX_COPIES` allow.
+        1 when warm, or when one call alone sweeps the cache many times over; else enough to touch more than
+        twice the cache, as far as memory and `MAX_COPIES` allow.
     """
-    if cache == "warm" or cache_bytes == 0 or bytes_of_one > 16 * cache_bytes:
+    if cache == "warm" or cache_bytes == 0 or touched_bytes > 16 * cache_bytes:
         return 1
-    wanted = math.ceil(2 * cache_bytes / bytes_of_one) + 1
+    wanted = math.ceil(2 * cache_bytes / max(touched_bytes, 1)) + 1
     return max(1, min(wanted, MAX_COPIES, spare_bytes // max(bytes_of_one, 1)))
 
 

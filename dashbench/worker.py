@@ -96,8 +96,7 @@ class Worker:
         return {"status": "ok"}
 
     def prepare(self, command: dict[str, Any]) -> dict[str, Any]:
-        from dashbench import check, sparsity, timing
-        from dashbench.cost import problem_bytes
+        from dashbench import check, cost, sparsity, timing
         from dashbench.methods import registry
         from dashbench.rows import Point
         from dashbench.timing_options import TimingOptions
@@ -126,8 +125,11 @@ class Worker:
         fields |= inputs.sparsity[label]
         fields["peak_bytes"] = inputs.peaks[label]
 
-        spare = self._spare_bytes() // 2
-        copies = timing.rotation(problem_bytes(point), self.environment["l2_bytes"], point.cache, spare)
+        touched = cost.work(point, method.family, fields["s_flop"] or 0.0).bytes
+        copies = timing.rotation(
+            cost.problem_bytes(point), touched, self.environment["l2_bytes"], point.cache,
+            self._spare_bytes() // 2,
+        )  # fmt: skip
         operators = self._copies(method, inputs, operator, knobs, copies)
         timer = timing.Timer(operators, options, point.launch, self.device)
         if point.launch == "graph":

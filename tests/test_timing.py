@@ -236,13 +236,14 @@ def test_missing_nvml_costs_only_the_telemetry(monkeypatch):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 10**9), st.integers(10**6, 10**8))
-def test_rotating_copies_exceed_twice_the_cache(one, cache):
-    copies = rotation(one, cache, "cold", 10**15)
-    assert copies * one > 2 * cache or copies == 512
-    assert rotation(one, cache, "warm", 10**15) == 1
-    assert rotation(one, 0, "cold", 10**15) == 1
-    assert rotation(one, cache, "cold", 3 * one) <= 3
+@given(st.integers(1, 10**9), st.floats(0.01, 1), st.integers(10**6, 10**8))
+def test_what_rotating_copies_touch_exceeds_twice_the_cache(one, share, cache):
+    touched = one * share
+    copies = rotation(one, touched, cache, "cold", 10**15)
+    assert copies * touched > 2 * cache or copies == 512
+    assert rotation(one, touched, cache, "warm", 10**15) == 1
+    assert rotation(one, touched, 0, "cold", 10**15) == 1
+    assert rotation(one, touched, cache, "cold", 3 * one) <= 3
 
 
 def test_calls_rotate_through_the_copies():
