@@ -76,6 +76,9 @@ class DecodeLaunch:
         score_tile: chunks of a scores program.
         route_warps: warps of a route program.
         overlap: launch each kernel before the previous one has drained (capability 9.0 and later).
+        prefetch: MiB of chosen keys and values that `route` asks for, so that they are on their way into L2
+            while the list is written and attend starts (capability 9.0 and later; caches whose tokens lie
+            behind one another).
         balanced: every program attends an equal share of all groups' chunks; without it each group has the
             same number of programs, however long its list. Up to `BALANCED_GROUPS` groups; LOG.md says where
             it pays.
@@ -87,6 +90,7 @@ class DecodeLaunch:
     score_tile: int = 64
     route_warps: int = 8
     overlap: bool = False
+    prefetch: int = 0
     balanced: bool = False
 
 
@@ -237,6 +241,14 @@ class DecodeStep:
         padded, paged = self.cache.left_padding is not None, self.cache.page_table is not None
         return {"PADDED": padded, "PAGED": paged, "PDL": self.launch.overlap, **launch}
 
+    def _prefetched(self) -> int:
+        """Chunks that `route` may ask for; none where a chunk's keys or values lie apart."""
+        key, value = self.cache.key, self.cache.value
+        if key.stride(2) != self.head_dim or value.stride(2) != self.head_dim:
+            return 0
+        chunk = 2 * self.options.chunk_size * self.head_dim * key.element_size()
+        return (self.launch.prefetch << 20) // chunk
+
     def scores(self) -> None:
         """Routing scores into the workspace, and the new token, if it was given, into the cache."""
         cache, space = self.cache, self.workspace
@@ -257,16 +269,20 @@ class DecodeStep:
 
     def route(self) -> None:
         """Weights and lists of active chunks from the scores."""
-        space, options = self.workspace, self.options
+        space, options, cache = self.workspace, self.options, self.cache
+        prefetched = self._prefetched()
         table, table_stride, per_page = self._pages()
         route_kernel[(self.kv_heads * self.group, self.rows)](
             space.scores, space.weights, space.lists, space.places, space.biases, space.counts,
-            self.cache.lengths, _padding(self.cache), table, space.route_tickets, table_stride, per_page,
-            self.new_tokens, self.chunks, 1 / (options.alpha - 1), 1 / options.sigma,
-            G=self.group, C=options.chunk_size, TILE=min(ROUTE_TILE, triton.next_power_of_2(self.chunks)),
+            cache.lengths, _padding(cache), table, space.route_tickets, cache.key, cache.value,
+            _strides(cache.key), _strides(cache.value), table_stride, per_page,
+            self.new_tokens, self.chunks, 1 / (options.alpha - 1), 1 / options.sigma, prefetched,
+            G=self.group, C=options.chunk_size, D=self.head_dim,
+            TILE=min(ROUTE_TILE, triton.next_power_of_2(self.chunks)),
             ALPHA_IS_1_5=options.alpha == 1.5, BIAS=options.bias_mode,
             FORCE_PREVIOUS=options.forced == "own_and_previous",
-            COMPLETED=options.visibility == "completed", num_warps=self.launch.route_warps, **self._common(),
+            COMPLETED=options.visibility == "completed", PREFETCH=prefetched > 0,
+            num_warps=self.launch.route_warps, **self._common(),
         )  # fmt: skip
 
     def attend(self) -> None:

@@ -31,6 +31,24 @@ def _after_previous_kernel(PDL: tl.constexpr):
 
 
 @triton.jit
+def _prefetch(pointers, wanted, size):
+    """Have the `size` contiguous bytes behind each wanted pointer brought into L2 (capability 9.0)."""
+    tl.inline_asm_elementwise(
+        """{
+        .reg .pred p;
+        setp.ne.s32 p, $2, 0;
+        @p cp.async.bulk.prefetch.L2.global [$1], $3;
+        mov.b32 $0, $2;
+        }""",
+        "=r,l,r,r",
+        [pointers.to(tl.int64), wanted.to(tl.int32), wanted.to(tl.int32) * 0 + size],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
 def _page_of(page_table, page_table_stride, sequence, chunk, chunks_per_page, PAGED: tl.constexpr):
     """(page, chunk inside it) of a sequence's chunk."""
     if PAGED:
@@ -266,15 +284,58 @@ def _next_threshold(threshold, low, high, count, lower, upper, power, ALPHA_IS_1
     return tl.where((following < low) | (following > high), 0.5 * (low + high), following)
 
 
-@triton.jit(do_not_specialize=["page_table_stride", "chunks_per_page", "new_tokens", "capacity"])
+@triton.jit
+def _routed_logarithms(weights, chunk, own, FORCE_PREVIOUS: tl.constexpr):
+    """Σ ln w of a tile's chunks that were routed and not forced, and how many they are."""
+    routed = (weights > EPSILON) & (chunk != own)
+    if FORCE_PREVIOUS:
+        routed &= chunk != own - 1
+    logarithms = tl.where(routed, tl.log(tl.where(routed, weights, 1.0)), 0.0)
+    return tl.reduce((logarithms, routed.to(tl.float32)), 0, _add_pairs)
+
+
+@triton.jit
+def _list_chunks(
+    weights, start, written, lists, places, biases, page_table, base, sequence, own, mean, inverse_sigma,
+    page_table_stride, chunks_per_page,
+    TILE: tl.constexpr, BIAS: tl.constexpr, FORCE_PREVIOUS: tl.constexpr, PAGED: tl.constexpr,
+):  # fmt: skip
+    """List the active chunks of one tile behind the `written` ones; returns how many there are now."""
+    chunk = start + tl.arange(0, TILE)
+    forced = chunk == own
+    if FORCE_PREVIOUS:
+        forced |= chunk == own - 1
+    active = (weights > EPSILON) | forced
+    rank = base + written + tl.cumsum(active.to(tl.int32), 0) - 1
+    tl.store(lists + rank, chunk, active)
+    if PAGED:
+        # Resolved here, because a third dependent load keeps attend's loads out of the pipeline.
+        page, inside = _page_of(
+            page_table, page_table_stride, sequence, tl.minimum(chunk, own), chunks_per_page, PAGED
+        )
+        tl.store(places + rank, (page * chunks_per_page + inside).to(tl.int32), active)
+    if BIAS != "none":
+        logarithm = tl.log(tl.where(forced, 1.0, tl.maximum(weights, EPSILON)))
+        bias = (logarithm - mean) * inverse_sigma if BIAS == "centered" else logarithm
+        tl.store(biases + rank, tl.where(forced, 0.0, bias), active)
+    return written + tl.sum(active.to(tl.int32), 0)
+
+
+@triton.jit(
+    do_not_specialize=["page_table_stride", "chunks_per_page", "new_tokens", "capacity", "prefetched"]
+)
 def route_kernel(
-    scores, weights, lists, places, biases, counts, lengths, padding, page_table, tickets,
-    page_table_stride, chunks_per_page, new_tokens, capacity, power, inverse_sigma,
-    G: tl.constexpr, C: tl.constexpr, TILE: tl.constexpr, ALPHA_IS_1_5: tl.constexpr,
+    scores, weights, lists, places, biases, counts, lengths, padding, page_table, tickets, key, value,
+    key_strides, value_strides, page_table_stride, chunks_per_page, new_tokens, capacity, power,
+    inverse_sigma, prefetched,
+    G: tl.constexpr, C: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, ALPHA_IS_1_5: tl.constexpr,
     BIAS: tl.constexpr, FORCE_PREVIOUS: tl.constexpr, COMPLETED: tl.constexpr, PADDED: tl.constexpr,
-    PAGED: tl.constexpr, PDL: tl.constexpr,
+    PAGED: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Entmax of one query head, added to its group's weights; the group's last head lists the chunks.
+
+    With `PREFETCH` the first head that needs a chunk asks for its keys and values, while the list is still to
+    be written and attend to be started: of all groups about `prefetched` chunks, spread evenly.
 
     α-entmax: p = [x − τ]₊^p with x = (α − 1) z, p = 1 / (α − 1), Σ p = 1 (Peters et al. 2019). Weights are
     added by atomics: their support does not depend on the order, their last bits may.
@@ -315,6 +376,7 @@ def route_kernel(
         low, high = peak * 0 - 1.0, peak * 0
         moving = True
         steps = 0
+        count = peak * 0
         while moving:
             count, lower, upper = _power_sums(x, threshold, power, ALPHA_IS_1_5)
             for start in range(TILE, visible, TILE):
@@ -329,6 +391,11 @@ def route_kernel(
             steps += 1
             moving = (tl.abs(following - threshold) > SETTLED) & (steps < MAX_STEPS)
             threshold = following
+        if PREFETCH:
+            # Every group is taken to need what this head needs.
+            groups = tl.num_programs(0) // G * tl.num_programs(1)
+            every = (count.to(tl.int32) * groups + prefetched - 1) // prefetched
+            every = tl.maximum(every, 1)
         for start in range(0, visible, TILE):
             z = tl.load(p_scores + start + o_t, start + o_t < visible, float("-inf")) * slope - peak
             gap = tl.maximum(z - threshold, 0.0)
@@ -336,47 +403,49 @@ def route_kernel(
                 probability = gap * gap
             else:
                 probability = tl.where(gap > 0, tl.exp2(power * tl.log2(tl.where(gap > 0, gap, 1.0))), 0.0)
-            tl.atomic_add(p_weights + start + o_t, probability / G, probability > 0, sem="relaxed")
+            needed = probability > 0
+            before = tl.atomic_add(p_weights + start + o_t, probability / G, needed, sem="relaxed")
+            if PREFETCH:
+                chunk = start + o_t
+                wanted = needed & (before == 0) & (chunk % every == 0)
+                page, inside = _page_of(
+                    page_table, page_table_stride, row // new_tokens, tl.minimum(chunk, own), chunks_per_page,
+                    PAGED,
+                )  # fmt: skip
+                size = C * D * (key.dtype.element_ty.primitive_bitwidth // 8)
+                slot = inside.to(tl.int64) * C
+                p_key = key + page * key_strides[0] + head * key_strides[1]
+                _prefetch(p_key + slot * key_strides[2], wanted, size)
+                p_value = value + page * value_strides[0] + head * value_strides[1]
+                _prefetch(p_value + slot * value_strides[2], wanted, size)
     # The ticket must follow this program's additions.
     tl.debug_barrier()
     group = row * kv_heads + head
     if tl.atomic_add(tickets + group, 1) == G - 1:
         tl.store(tickets + group, 0)
-        logarithms = 0.0
-        routed_chunks = 0
+        # The first tile stays in registers: for most caches it is all there is.
+        first = tl.load(p_weights + o_t, o_t < visible, 0.0, cache_modifier=".cg")
+        mean = 0.0
         if BIAS == "centered":
-            for start in range(0, visible, TILE):
+            logarithms, routed = _routed_logarithms(first, o_t, own, FORCE_PREVIOUS)
+            for start in range(TILE, visible, TILE):
                 chunk = start + o_t
                 w = tl.load(p_weights + chunk, chunk < visible, 0.0, cache_modifier=".cg")
-                routed = (w > EPSILON) & (chunk != own)
-                if FORCE_PREVIOUS:
-                    routed &= chunk != own - 1
-                logarithms += tl.sum(tl.where(routed, tl.log(tl.where(routed, w, 1.0)), 0.0), 0)
-                routed_chunks += tl.sum(routed.to(tl.int32), 0)
-        mean = logarithms / tl.maximum(routed_chunks, 1)
-        written = 0
-        for start in range(0, own + 1, TILE):
-            chunk = start + o_t
-            w = tl.load(p_weights + chunk, chunk < visible, 0.0, cache_modifier=".cg")
-            forced = chunk == own
-            if FORCE_PREVIOUS:
-                forced |= chunk == own - 1
-            active = (w > EPSILON) | forced
-            rank = written + tl.cumsum(active.to(tl.int32), 0) - 1
-            tl.store(lists + group * capacity + rank, chunk, active)
-            if PAGED:
-                # Resolved here, because a third dependent load keeps attend's loads out of the pipeline.
-                sequence = row // new_tokens
-                page, inside = _page_of(
-                    page_table, page_table_stride, sequence, tl.minimum(chunk, own), chunks_per_page, PAGED
-                )
-                place = (page * chunks_per_page + inside).to(tl.int32)
-                tl.store(places + group * capacity + rank, place, active)
-            if BIAS != "none":
-                logarithm = tl.log(tl.where(forced, 1.0, tl.maximum(w, EPSILON)))
-                bias = (logarithm - mean) * inverse_sigma if BIAS == "centered" else logarithm
-                tl.store(biases + group * capacity + rank, tl.where(forced, 0.0, bias), active)
-            written += tl.sum(active.to(tl.int32), 0)
+                more_logarithms, more_routed = _routed_logarithms(w, chunk, own, FORCE_PREVIOUS)
+                logarithms += more_logarithms
+                routed += more_routed
+            mean = logarithms / tl.maximum(routed, 1.0)
+        written = _list_chunks(
+            first, 0, 0, lists, places, biases, page_table, group * capacity, row // new_tokens, own, mean,
+            inverse_sigma, page_table_stride, chunks_per_page, TILE, BIAS, FORCE_PREVIOUS, PAGED,
+        )  # fmt: skip
+        for start in range(TILE, own + 1, TILE):
+            w = tl.load(p_weights + start + o_t, start + o_t < visible, 0.0, cache_modifier=".cg")
+            written = _list_chunks(
+                w, start, written, lists, places, biases, page_table, group * capacity, row // new_tokens,
+                own, mean, inverse_sigma, page_table_stride, chunks_per_page, TILE, BIAS, FORCE_PREVIOUS,
+                PAGED,
+            )  # fmt: skip
         tl.store(counts + group, written)
 
 
