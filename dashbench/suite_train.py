@@ -6,7 +6,7 @@ import hashlib
 import json
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
 
 from dashbench.miniature.shape import LlamaShape
 from dashbench.rows_train import REPORTS, TrainPoint
@@ -69,6 +69,9 @@ class Continuation(Closed):
     tokens_per_step: int = Field(gt=0, description="tokens of a step")
     lengths: list[int] = Field(min_length=1, description="context lengths, in turns")
     rate: float = Field(gt=0, description="peak learning rate of AdamW")
+    rates: dict[Literal[METHODS], PositiveFloat] = Field(
+        default_factory=dict, description="of a method, in place of `rate`"
+    )
     warmup: int = Field(default=20, ge=0, description="steps")
     summary_ratio: float = Field(
         default=1.0, gt=0, description="rate of DashAttention's summary queries over the others'"
@@ -77,6 +80,10 @@ class Continuation(Closed):
     settings: dict[Literal[METHODS], dict[str, Any]] = Field(
         default_factory=dict, description="settings of a method in place of its defaults"
     )
+
+    def rate_of(self, method: str) -> float:
+        """Peak learning rate of a method's continuation."""
+        return self.rates.get(method, self.rate)
 
 
 class Evaluation(Closed):
@@ -131,8 +138,9 @@ class TrainSuite(BaseModel):
         """Hash of what decides a stage's outcome: its own section, and for a continuation the base's too."""
         told = self.model_dump(mode="json", include={"model", "pieces", "base", "evaluation"})
         if stage == "continuation":
-            apart = {"methods", "seeds", "settings", "summary_ratio"}
+            apart = {"methods", "seeds", "settings", "summary_ratio", "rates"}
             own = self.continuation.model_dump(mode="json", exclude=apart)
+            own["rate"] = self.continuation.rate_of(method)
             if method == "dash":  # other methods have no summary queries
                 own["summary_ratio"] = self.continuation.summary_ratio
             told["continuation"] = own | {"settings": self.continuation.settings.get(method, {})}

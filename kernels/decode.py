@@ -71,26 +71,22 @@ class DecodeLaunch:
     Attributes:
         splits: programs a group, with `balanced` on average; None fills the device once.
         stages: of the attend loop's pipeline. A chunk's place must be loaded before its keys, so Triton 3.6
-            has n tiles in flight ahead of the product from 2n + 1 stages.
+            has n tiles in flight ahead of the product from 2n + 1 stages; None: 3 if balanced, else 5.
         attend_warps: warps of an attend program.
         score_tile: chunks of a scores program.
         route_warps: warps of a route program.
         overlap: launch each kernel before the previous one has drained (capability 9.0 and later).
-        prefetch: MiB of chosen keys and values that `route` asks for, so that they are on their way into L2
-            while the list is written and attend starts (capability 9.0 and later; caches whose tokens lie
-            behind one another).
         balanced: every program attends an equal share of all groups' chunks; without it each group has the
             same number of programs, however long its list. Up to `BALANCED_GROUPS` groups; LOG.md says where
             it pays.
     """
 
     splits: int | None = None
-    stages: int = 5
+    stages: int | None = None
     attend_warps: int = 4
     score_tile: int = 64
     route_warps: int = 8
     overlap: bool = False
-    prefetch: int = 0
     balanced: bool = False
 
 
@@ -106,7 +102,7 @@ BALANCED_GROUPS = 256
 JOINED = 32
 """Splits that a program of a balanced combine joins at a time: one turn for most groups of a large batch."""
 
-MOST_SPLITS = 64
+MOST_SPLITS = 128
 """Splits of a group that `combine` joins, unless more are asked for; one size, so that another batch does not
 compile it anew."""
 
@@ -241,14 +237,6 @@ class DecodeStep:
         padded, paged = self.cache.left_padding is not None, self.cache.page_table is not None
         return {"PADDED": padded, "PAGED": paged, "PDL": self.launch.overlap, **launch}
 
-    def _prefetched(self) -> int:
-        """Chunks that `route` may ask for; none where a chunk's keys or values lie apart."""
-        key, value = self.cache.key, self.cache.value
-        if key.stride(2) != self.head_dim or value.stride(2) != self.head_dim:
-            return 0
-        chunk = 2 * self.options.chunk_size * self.head_dim * key.element_size()
-        return (self.launch.prefetch << 20) // chunk
-
     def scores(self) -> None:
         """Routing scores into the workspace, and the new token, if it was given, into the cache."""
         cache, space = self.cache, self.workspace
@@ -269,20 +257,16 @@ class DecodeStep:
 
     def route(self) -> None:
         """Weights and lists of active chunks from the scores."""
-        space, options, cache = self.workspace, self.options, self.cache
-        prefetched = self._prefetched()
+        space, options = self.workspace, self.options
         table, table_stride, per_page = self._pages()
         route_kernel[(self.kv_heads * self.group, self.rows)](
             space.scores, space.weights, space.lists, space.places, space.biases, space.counts,
-            cache.lengths, _padding(cache), table, space.route_tickets, cache.key, cache.value,
-            _strides(cache.key), _strides(cache.value), table_stride, per_page,
-            self.new_tokens, self.chunks, 1 / (options.alpha - 1), 1 / options.sigma, prefetched,
-            G=self.group, C=options.chunk_size, D=self.head_dim,
-            TILE=min(ROUTE_TILE, triton.next_power_of_2(self.chunks)),
+            self.cache.lengths, _padding(self.cache), table, space.route_tickets, table_stride, per_page,
+            self.new_tokens, self.chunks, 1 / (options.alpha - 1), 1 / options.sigma,
+            G=self.group, C=options.chunk_size, TILE=min(ROUTE_TILE, triton.next_power_of_2(self.chunks)),
             ALPHA_IS_1_5=options.alpha == 1.5, BIAS=options.bias_mode,
             FORCE_PREVIOUS=options.forced == "own_and_previous",
-            COMPLETED=options.visibility == "completed", PREFETCH=prefetched > 0,
-            num_warps=self.launch.route_warps, **self._common(),
+            COMPLETED=options.visibility == "completed", num_warps=self.launch.route_warps, **self._common(),
         )  # fmt: skip
 
     def attend(self) -> None:
@@ -310,8 +294,9 @@ class DecodeStep:
             table_stride, per_page, self.new_tokens, self.chunks, *groups, space.splits, self.scale,
             self.scale * LOG2_E,
             G=self.group, ROWS=_rows(self.group), C=self.options.chunk_size, D=self.head_dim,
-            BLOCK=_block(self.options), STAGES=self.launch.stages, BIAS=self.options.bias_mode,
-            SUMMARIZE=self.new is not None, num_warps=self.launch.attend_warps, **common,
+            BLOCK=_block(self.options), STAGES=self.launch.stages or (3 if space.balanced else 5),
+            BIAS=self.options.bias_mode, SUMMARIZE=self.new is not None,
+            num_warps=self.launch.attend_warps, **common,
         )  # fmt: skip
 
     def combine(self) -> torch.Tensor:
@@ -446,7 +431,8 @@ def _groups(groups: int) -> int:
 def _splits(groups: int, chunks: int, device: torch.device) -> int:
     """Programs a group: three for each multiprocessor, as many as its shared memory holds, but no more than
     `combine` joins cheaply, and one chunk a program at least. Measured: LOG.md, Decode."""
-    return max(1, min(3 * _processors(device) // groups, MOST_SPLITS, chunks))
+    processors = _processors(device)
+    return max(1, min(3 * processors // groups, 3 * processors // 4, MOST_SPLITS, chunks))
 
 
 def _balanced_splits(groups: int, blocks: int, device: torch.device) -> int:

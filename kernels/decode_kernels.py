@@ -31,24 +31,6 @@ def _after_previous_kernel(PDL: tl.constexpr):
 
 
 @triton.jit
-def _prefetch(pointers, wanted, size):
-    """Have the `size` contiguous bytes behind each wanted pointer brought into L2 (capability 9.0)."""
-    tl.inline_asm_elementwise(
-        """{
-        .reg .pred p;
-        setp.ne.s32 p, $2, 0;
-        @p cp.async.bulk.prefetch.L2.global [$1], $3;
-        mov.b32 $0, $2;
-        }""",
-        "=r,l,r,r",
-        [pointers.to(tl.int64), wanted.to(tl.int32), wanted.to(tl.int32) * 0 + size],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
 def _page_of(page_table, page_table_stride, sequence, chunk, chunks_per_page, PAGED: tl.constexpr):
     """(page, chunk inside it) of a sequence's chunk."""
     if PAGED:
@@ -321,21 +303,15 @@ def _list_chunks(
     return written + tl.sum(active.to(tl.int32), 0)
 
 
-@triton.jit(
-    do_not_specialize=["page_table_stride", "chunks_per_page", "new_tokens", "capacity", "prefetched"]
-)
+@triton.jit(do_not_specialize=["page_table_stride", "chunks_per_page", "new_tokens", "capacity"])
 def route_kernel(
-    scores, weights, lists, places, biases, counts, lengths, padding, page_table, tickets, key, value,
-    key_strides, value_strides, page_table_stride, chunks_per_page, new_tokens, capacity, power,
-    inverse_sigma, prefetched,
-    G: tl.constexpr, C: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, ALPHA_IS_1_5: tl.constexpr,
+    scores, weights, lists, places, biases, counts, lengths, padding, page_table, tickets,
+    page_table_stride, chunks_per_page, new_tokens, capacity, power, inverse_sigma,
+    G: tl.constexpr, C: tl.constexpr, TILE: tl.constexpr, ALPHA_IS_1_5: tl.constexpr,
     BIAS: tl.constexpr, FORCE_PREVIOUS: tl.constexpr, COMPLETED: tl.constexpr, PADDED: tl.constexpr,
-    PAGED: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
+    PAGED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Entmax of one query head, added to its group's weights; the group's last head lists the chunks.
-
-    With `PREFETCH` the first head that needs a chunk asks for its keys and values, while the list is still to
-    be written and attend to be started: of all groups about `prefetched` chunks, spread evenly.
 
     α-entmax: p = [x − τ]₊^p with x = (α − 1) z, p = 1 / (α − 1), Σ p = 1 (Peters et al. 2019). Weights are
     added by atomics: their support does not depend on the order, their last bits may.
@@ -376,7 +352,6 @@ def route_kernel(
         low, high = peak * 0 - 1.0, peak * 0
         moving = True
         steps = 0
-        count = peak * 0
         while moving:
             count, lower, upper = _power_sums(x, threshold, power, ALPHA_IS_1_5)
             for start in range(TILE, visible, TILE):
@@ -391,11 +366,6 @@ def route_kernel(
             steps += 1
             moving = (tl.abs(following - threshold) > SETTLED) & (steps < MAX_STEPS)
             threshold = following
-        if PREFETCH:
-            # Every group is taken to need what this head needs.
-            groups = tl.num_programs(0) // G * tl.num_programs(1)
-            every = (count.to(tl.int32) * groups + prefetched - 1) // prefetched
-            every = tl.maximum(every, 1)
         for start in range(0, visible, TILE):
             z = tl.load(p_scores + start + o_t, start + o_t < visible, float("-inf")) * slope - peak
             gap = tl.maximum(z - threshold, 0.0)
@@ -403,21 +373,7 @@ def route_kernel(
                 probability = gap * gap
             else:
                 probability = tl.where(gap > 0, tl.exp2(power * tl.log2(tl.where(gap > 0, gap, 1.0))), 0.0)
-            needed = probability > 0
-            before = tl.atomic_add(p_weights + start + o_t, probability / G, needed, sem="relaxed")
-            if PREFETCH:
-                chunk = start + o_t
-                wanted = needed & (before == 0) & (chunk % every == 0)
-                page, inside = _page_of(
-                    page_table, page_table_stride, row // new_tokens, tl.minimum(chunk, own), chunks_per_page,
-                    PAGED,
-                )  # fmt: skip
-                size = C * D * (key.dtype.element_ty.primitive_bitwidth // 8)
-                slot = inside.to(tl.int64) * C
-                p_key = key + page * key_strides[0] + head * key_strides[1]
-                _prefetch(p_key + slot * key_strides[2], wanted, size)
-                p_value = value + page * value_strides[0] + head * value_strides[1]
-                _prefetch(p_value + slot * value_strides[2], wanted, size)
+            tl.atomic_add(p_weights + start + o_t, probability / G, probability > 0, sem="relaxed")
     # The ticket must follow this program's additions.
     tl.debug_barrier()
     group = row * kv_heads + head

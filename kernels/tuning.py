@@ -78,7 +78,7 @@ TABLE: tuple[dict[str, Any], ...] = (
     {
         "stage": "decode",
         "arch": "sm_90",
-        "launch": {"score_tile": 64, "route_warps": 8, "overlap": True},
+        "launch": {"score_tile": 32, "route_warps": 8, "overlap": True},
     },
 )
 

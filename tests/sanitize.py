@@ -57,7 +57,7 @@ def operator(tokens=200, train=False, batch=1, group=16, dim=128, dtype=torch.bf
             dash_attention(*inputs, return_active_blocks=True, **options)
 
 
-def decode(new_tokens=1, page_size=None, pad=None, beside=False, balanced=False, launch=None, **options):
+def decode(new_tokens=1, page_size=None, pad=None, beside=False, overlap=False, balanced=False, **options):
     size = page_size or 256
     pages = 256 // size
     _, k, v, s = drawn(size, 2 * pages)
@@ -68,13 +68,13 @@ def decode(new_tokens=1, page_size=None, pad=None, beside=False, balanced=False,
     padding = None if pad is None else torch.tensor([pad, 0], dtype=torch.int32, device=DEVICE)
     cache = DecodeCache(k, v, k[:, :, : size // 64].contiguous(), lengths, table, padding)
     query, new_key, new_value, _ = drawn(new_tokens, 2)
-    launch = DecodeLaunch(balanced=balanced, **(launch or {}))
+    launch = DecodeLaunch(overlap=overlap, balanced=balanced)
     new = (new_key, new_value, s) if beside else None
     step = DecodeStep(query, cache, DashOptions(**options), launch, new=new)
     if beside:
         lengths += 1
     else:
-        append(cache, new_key, new_value, s, 64, step.workspace.append_tickets, launch.overlap)
+        append(cache, new_key, new_value, s, 64, step.workspace.append_tickets, overlap)
     step.run()
 
 
@@ -119,15 +119,11 @@ CALLS = {
     "nsa train": lambda: rival("nsa", train=True),
     "decode": lambda: decode(),
     "decode beside": lambda: decode(beside=True),
-    "decode overlapping": lambda: decode(launch={"overlap": True}),
-    "decode prefetching": lambda: decode(launch={"overlap": True, "prefetch": 8}),
-    "decode prefetching, paged": lambda: decode(3, page_size=64, launch={"prefetch": 8}),
+    "decode overlapping": lambda: decode(overlap=True),
     "decode paged": lambda: decode(3, page_size=64),
     "decode padded": lambda: decode(2, pad=70, bias_mode="raw"),
     "decode balanced": lambda: decode(balanced=True),
-    "decode balanced beside, overlapping": lambda: decode(
-        beside=True, balanced=True, launch={"overlap": True}
-    ),
+    "decode balanced beside, overlapping": lambda: decode(beside=True, overlap=True, balanced=True),
     "decode balanced, paged": lambda: decode(3, page_size=64, balanced=True),
     "decode balanced, padded": lambda: decode(2, pad=70, bias_mode="raw", balanced=True),
 }

@@ -313,35 +313,6 @@ def test_a_balanced_decode_step_equals_the_default_one(batch):
         torch.testing.assert_close(caches[0].summaries, caches[1].summaries)
 
 
-@pytest.mark.parametrize("paged", [False, True], ids=["contiguous", "paged"])
-def test_a_prefetching_decode_step_equals_the_default_one(paged):
-    """Every chunk, some of them, and none of a cache whose tokens lie apart."""
-    if torch.cuda.get_device_capability()[0] < 9:
-        pytest.skip("prefetching needs capability 9.0")
-    n = 1 << 15
-    q, k, v, s = long_inputs(2, n)
-    lengths = torch.tensor([n, 64 * 90 + 30], dtype=torch.int32, device="cuda")
-    summaries = summarize_chunks(k, s, 64)
-    caches = [DecodeCache(k, v, summaries, lengths)]
-    if paged:
-        table = torch.arange(2 * n // 256, dtype=torch.int32, device="cuda").reshape(2, -1).flip(1)
-        pages = [
-            x.unflatten(2, (n // 256, -1)).transpose(1, 2).flip(1).flatten(0, 1) for x in (k, v, summaries)
-        ]
-        caches = [DecodeCache(*(x.contiguous() for x in pages), lengths, table)]
-    else:
-        apart = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v))
-        caches.append(DecodeCache(*apart, summaries, lengths))
-    want = DecodeStep(
-        q[:, :, -1:], DecodeCache(k, v, summaries, lengths), DashOptions(), DecodeLaunch()
-    ).run()
-    for cache in caches:
-        for prefetch in (1, 256):
-            launch = DecodeLaunch(overlap=True, prefetch=prefetch)
-            step = DecodeStep(q[:, :, -1:], cache, DashOptions(), launch)
-            assert relative(step.run(), want) < 4e-3
-
-
 def test_memory_at_128k(monkeypatch):
     """Beside q, k, v, o: half a GiB in a prefill, one GiB (and the gradients themselves) in training."""
     monkeypatch.undo()

@@ -37,6 +37,7 @@ continuation:
   tokens_per_step: 768
   lengths: [192]
   rate: 1.0e-3
+  rates: {dash: 2.0e-3}
   settings:
     dash: {chunk_size: 16, scaling_factor: 8.0}
 evaluation: {lengths: [192], tokens: 768, sweep: {dash: [1.0, 30.0]}}
@@ -81,6 +82,7 @@ def test_every_tenth_is_a_row_and_the_loss_falls(ran):
     assert dash[-1]["s_by_layer"][0] > 0.01 and dense[-1]["s_flop"] == 0
     denser, sparser = dash[-1]["notes"]["sweep"]
     assert denser["s_by_layer"]["192"][0] < dash[-1]["s_by_layer"][0] < sparser["s_by_layer"]["192"][0]
+    assert dash[0]["learning_rate"] == pytest.approx(2 * dense[0]["learning_rate"])
     # The same batches: the first step's losses differ by the routing alone.
     assert dash[0]["loss"] == pytest.approx(dense[0]["loss"], abs=0.2)
     assert [r["tokens"] for r in dash] == [r["tokens"] for r in dense]
@@ -116,6 +118,19 @@ def test_a_failed_stage_is_a_row_with_a_reason(tmp_path):
     rows = [r for r in read_rows(tmp_path / "tiny.jsonl") if r["method"] == "dash"]
     assert ended.exit_code == 1 and len(rows) == REPORTS
     assert {r["status"] for r in rows} == {"error"} and "chunk_length" in rows[0]["reason"]
+
+
+def test_a_rate_of_ones_own_is_that_rate(tmp_path):
+    """A stage is known by the rate it is trained at, wherever the suite says so."""
+    texts = SUITE, SUITE.replace("  rates: {dash: 2.0e-3}\n", "").replace("rate: 1.0e-3", "rate: 2.0e-3")
+    own, everyone = [], []
+    for number, (text, keys) in enumerate(zip(texts, (own, everyone), strict=True)):
+        (tmp_path / f"{number}.yaml").write_text(text)
+        for method in ("dash", "dense"):
+            points = load_suite(tmp_path / f"{number}.yaml").points()
+            keys.append({p.key() for p in points if (p.stage, p.method) == ("continuation", method)})
+    assert own[0] == everyone[0] and len(own[0]) == REPORTS
+    assert not own[1] & everyone[1]
 
 
 @pytest.mark.parametrize(

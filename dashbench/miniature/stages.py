@@ -205,7 +205,7 @@ def _refill(mixture: Any, new: Any) -> None:
 
 
 def train_continuation(spec: Any, method: str, seed: int, base: Path, folder: Path, tell: Reporter) -> None:
-    """Continues the base with another attention; steps, rate and batches are the same for every method.
+    """Continues the base with another attention; steps and batches are the same for every method.
 
     Args:
         spec: `suite_train.TrainSuite`.
@@ -238,7 +238,7 @@ def train_continuation(spec: Any, method: str, seed: int, base: Path, folder: Pa
         while step < goal:
             length = plan.lengths[step % len(plan.lengths)]
             warm = min(1.0, (step + 1) / max(1, plan.warmup))
-            rate.fill_(plan.rate * warm * min(1.0, (plan.steps - step) / (0.3 * plan.steps)))
+            rate.fill_(plan.rate_of(method) * warm * min(1.0, (plan.steps - step) / (0.3 * plan.steps)))
             if method == "dash":
                 settings["alpha"] = alpha_at(step / plan.steps)
             trainer.step(mixture, max(1, plan.tokens_per_step // length), length)
