@@ -71,7 +71,7 @@ class DecodeLaunch:
     Attributes:
         splits: programs a group, with `balanced` on average; None fills the device once.
         stages: of the attend loop's pipeline. A chunk's place must be loaded before its keys, so Triton 3.6
-            has n tiles in flight ahead of the product from 2n + 1 stages; None: 3 if balanced, else 5.
+            has n tiles in flight ahead of the product from 2n + 1 stages.
         attend_warps: warps of an attend program.
         score_tile: chunks of a scores program.
         route_warps: warps of a route program.
@@ -82,7 +82,7 @@ class DecodeLaunch:
     """
 
     splits: int | None = None
-    stages: int | None = None
+    stages: int = 3
     attend_warps: int = 4
     score_tile: int = 64
     route_warps: int = 8
@@ -294,7 +294,7 @@ class DecodeStep:
             table_stride, per_page, self.new_tokens, self.chunks, *groups, space.splits, self.scale,
             self.scale * LOG2_E,
             G=self.group, ROWS=_rows(self.group), C=self.options.chunk_size, D=self.head_dim,
-            BLOCK=_block(self.options), STAGES=self.launch.stages or (3 if space.balanced else 5),
+            BLOCK=_block(self.options), STAGES=self.launch.stages,
             BIAS=self.options.bias_mode, SUMMARIZE=self.new is not None,
             num_warps=self.launch.attend_warps, **common,
         )  # fmt: skip
@@ -431,8 +431,7 @@ def _groups(groups: int) -> int:
 def _splits(groups: int, chunks: int, device: torch.device) -> int:
     """Programs a group: three for each multiprocessor, as many as its shared memory holds, but no more than
     `combine` joins cheaply, and one chunk a program at least. Measured: LOG.md, Decode."""
-    processors = _processors(device)
-    return max(1, min(3 * processors // groups, 3 * processors // 4, MOST_SPLITS, chunks))
+    return max(1, min(3 * _processors(device) // groups, MOST_SPLITS, chunks))
 
 
 def _balanced_splits(groups: int, blocks: int, device: torch.device) -> int:
