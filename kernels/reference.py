@@ -251,13 +251,15 @@ def route(
     routed = (weights > EPSILON) & ~on
     bias = torch.zeros_like(weights)
     if options.bias_mode != "none":
-        log_w = torch.where(routed, weights.clamp_min(EPSILON), torch.ones_like(weights)).log()
+        # A chunk without weight counts only where the caller attends it all the same (`active` of
+        # `dash_attention`, another's support on the threshold): there it must weigh next to nothing.
+        log_w = torch.where(on, torch.ones_like(weights), weights.clamp_min(EPSILON)).log()
         if options.bias_mode == "raw":
             bias = log_w
         else:
             count = routed.sum(-1, keepdim=True).clamp_min(1)
             mean = (log_w * routed).sum(-1, keepdim=True) / count
-            bias = torch.where(routed, (log_w - mean) / options.sigma, torch.zeros_like(log_w))
+            bias = torch.where(on, torch.zeros_like(log_w), (log_w - mean) / options.sigma)
     active = (routed | on).expand_as(weights)
     return Routing(torch.where(routed, weights, torch.zeros_like(weights)), routed, active, bias, margin)
 

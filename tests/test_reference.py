@@ -135,6 +135,21 @@ def test_left_padding_against_the_definition(padding):
     torch.testing.assert_close(out, by_definition(q, k, v, s, o, padding))
 
 
+@pytest.mark.parametrize("bias_mode", ["centered", "raw"])
+def test_a_chunk_that_only_the_caller_attends_weighs_next_to_nothing(bias_mode):
+    """Another implementation's support may hold a chunk whose weight is zero here: its biased weight is tiny
+    too."""
+    q, k, v, s = draw(23, seed=7)
+    o = DashOptions(chunk_size=4, scaling_factor=6.0, sigma=1.0, bias_mode=bias_mode)
+    out, routing = dash_attention(q, k, v, s, o)
+    chunks = routing.active.shape[-1]
+    earlier = torch.arange(chunks) < (torch.arange(23) // 4)[:, None]
+    everything = routing.active | earlier
+    assert (everything & ~routing.active).sum() > 10
+    more, _ = dash_attention(q, k, v, s, o, active=everything)
+    torch.testing.assert_close(more, out, atol=1e-6, rtol=0)
+
+
 def test_some_rows_and_late_queries_equal_all_rows():
     q, k, v, s = draw(23, seed=7)
     o = DashOptions(chunk_size=4)

@@ -74,7 +74,7 @@ def test_cold_inputs_take_longer_than_warm_ones():
         source, target = (torch.zeros(half, dtype=torch.uint8, device="cuda") for _ in range(2))
         return Operator(run=lambda: target.copy_(source), reference=lambda rows, selected: None)
 
-    copies = rotation(2 * half, cache, "cold", 10**12)
+    copies = rotation(2 * half, 2 * half, cache, "cold", 10**12)
     times = []
     for operators in ([copy()], [copy() for _ in range(copies)]):
         timer = Timer(operators, OPTIONS, "graph", "cuda")
