@@ -14,6 +14,7 @@ import gzip
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from dashbench.rows import ROW_VERSION, Row
+
+UNREADABLE = (OSError, EOFError, zlib.error)
+"""What a file that cannot be read raises: no such right or disk, a packed file cut short, or damaged."""
 
 
 class StoreError(Exception):
@@ -68,7 +72,7 @@ class Store:
                 shutil.copyfileobj(source, target)
                 target.flush()
                 os.fsync(target.fileno())
-        except (OSError, EOFError) as problem:
+        except UNREADABLE as problem:
             whole.unlink(missing_ok=True)
             raise StoreError(f"cannot unpack {packed}: {problem}") from None
         whole.rename(self.path)
@@ -146,7 +150,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
             yield from enumerate(file, 1)
     except FileNotFoundError:
         return
-    except (OSError, EOFError) as problem:
+    except UNREADABLE as problem:
         raise StoreError(f"cannot read {path}: {getattr(problem, 'strerror', None) or problem}") from None
 
 

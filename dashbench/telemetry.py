@@ -72,6 +72,17 @@ def throttled(reading: dict[str, float], fastest_mhz: float) -> bool:
     return braked or reading["sm_mhz"] < SLOW_CLOCK * fastest_mhz
 
 
+def other_processes(index: int = 0) -> int | None:
+    """Processes beside this one that compute on a GPU; None where NVML does not say."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        return max(0, len(pynvml.nvmlDeviceGetComputeRunningProcesses(_handle(pynvml, index))) - 1)
+    except Exception:  # any NVML failure only costs us the count
+        return None
+
+
 def _handle(nvml: Any, index: int) -> Any:
     import torch
 

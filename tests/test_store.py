@@ -158,10 +158,12 @@ def test_packed_rows_are_read_too(tmp_path):
     (tmp_path / "big.jsonl.gz").write_bytes(gzip.compress((tmp_path / "s.jsonl").read_bytes()))
     assert [p.name for p in store_files(tmp_path)] == ["big.jsonl.gz", "s.jsonl"]
     assert read_rows(tmp_path / "big.jsonl.gz") == read_rows(tmp_path / "s.jsonl")
-    cut = (tmp_path / "big.jsonl.gz").read_bytes()[:-20]
-    (tmp_path / "big.jsonl.gz").write_bytes(cut)
-    with pytest.raises(StoreError, match=r"cannot read .*big\.jsonl\.gz"):
-        read_rows(tmp_path / "big.jsonl.gz")
+    whole = (tmp_path / "big.jsonl.gz").read_bytes()
+    damaged = whole[:200] + bytes(50) + whole[250:]
+    for content in (whole[:-20], damaged):
+        (tmp_path / "big.jsonl.gz").write_bytes(content)
+        with pytest.raises(StoreError, match=r"cannot read .*big\.jsonl\.gz"):
+            read_rows(tmp_path / "big.jsonl.gz")
 
 
 def test_a_run_goes_on_with_a_packed_store(tmp_path):

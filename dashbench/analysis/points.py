@@ -54,6 +54,19 @@ class Line(NamedTuple):
     routing: str
 
 
+def partly_warm(row: dict[str, Any]) -> bool:
+    """Whether a row that says `cold` rotated through so few copies that its calls touched no more than 1.5
+    times the L2 cache, so that they found much of what they read there.
+
+    Rows have been measured so until copies were counted by what a call touches: a sparse decode step touches
+    little of what its inputs hold.
+    """
+    l2, copies = (row.get("environment") or {}).get("l2_bytes"), (row.get("timing") or {}).get("copies")
+    if row.get("cache") != "cold" or not (l2 and copies and row.get("tb_per_s") and row.get("latency_ms")):
+        return False
+    return copies * row["tb_per_s"] * 1e9 * row["latency_ms"] < 1.5 * l2
+
+
 def setting(row: dict[str, Any]) -> Setting:
     """The setting of a row."""
     return Setting(

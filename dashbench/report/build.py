@@ -15,7 +15,7 @@ from dashbench.analysis.claims import Finding, check_claims, load_claims
 from dashbench.analysis.decide import decide, load_workload
 from dashbench.analysis.overhead import Overhead, overheads
 from dashbench.analysis.pareto import AXES, Pareto, pareto
-from dashbench.analysis.points import AnalysisError, finished, routing_name
+from dashbench.analysis.points import AnalysisError, finished, partly_warm, routing_name
 from dashbench.analysis.speedup import Crossover, Speedup, crossovers, speedups
 from dashbench.readouts import load
 from dashbench.report import charts, sheets
@@ -211,6 +211,13 @@ def build(
     if not slow:
         missing.append(
             "no sparse row up to 16k tokens has stages and a dense row: the short-context stack is left out"
+        )
+
+    warm = sum(partly_warm(r) for r in finished(rows))
+    if warm:
+        missing.append(
+            f"{warm} rows called cold touch less than 1.5 times the L2 cache: "
+            "their times lie between warm and cold"
         )
 
     graphs = out / "figures"
