@@ -44,6 +44,7 @@ def card(spec: Any, rows: list[dict[str, Any]]) -> str:
     template = jinja2.Environment(undefined=jinja2.StrictUndefined).from_string(TEMPLATE.read_text())
     return template.render(
         spec=spec, shape=spec.model, plan=spec.base if base else spec.continuation, last=last, base=base,
+        earlier=rows[-4] if len(rows) > 3 and not base else None,
         shared=any(row["notes"].get("other_processes") for row in rows),
         rate=spec.base.rate if base else spec.continuation.rate_of(method),
         method=method, attention=NAMES[method], lengths=lengths, scores=scores, knob=KNOBS.get(method),
