@@ -20,6 +20,13 @@ visible vector every S keys, scored by one product (half of a dense pair's work)
 With C = 64 these are F/128, F/16 and F · 3/32. InfLLMv2's coarse log-sum-exp, with S = C, costs F/32 + F/128
 instead; the exact one is assumed.
 
+A layer's training step (phase `layer`) has besides the products of its P parameters, two FLOPs each and
+token forward and twice that backward: 6 P B N. With width W = Hq d and an MLP of 4 W
+
+    P = W (Hq + 2 Hkv) d + Hq d W + 3 W · 4 W
+
+Its optimizer touches parameter, gradient and two moments, 16 P bytes in fp32.
+
 Bytes, each once. Queries and output: 2 · B · Hq · N · d · e. Keys and values: K = 2 · B · Hkv · L · d · e. In
 prefill some query wants every key, so all of K moves whatever the sparsity; in decode ρK and what routing
 reads: one summary vector a chunk, against a key and a value a token, is K/(2C) (DashAttention), K/(2S)
@@ -33,10 +40,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from dashbench.rows import Point
+from dashbench.rows import Point, Shape
 
 ELEMENT = {"bfloat16": 2, "float16": 2, "float32": 4}
 TRAIN_FACTOR = 3.5
+LAYER_WIDENING = 4
+"""Width of a layer's MLP over the layer's, as in MiniCPM-4-8B."""
+LAYER_ACTIVATIONS = 24
+"""Vectors of a layer's width that a training step holds for each token at its peak, about: 16 of the MLP."""
 # The measured ceilings are medians of a warm chip; a cool one clocks higher for a moment.
 FLOOR_MARGIN = 0.8
 
@@ -63,7 +74,7 @@ def dense_flops(phase: str, batch: int, query_heads: int, head_dim: int, context
     if phase == "decode":
         return 4.0 * batch * query_heads * head_dim * context
     forward = 2.0 * batch * query_heads * head_dim * context * (context + 1)
-    return forward * (TRAIN_FACTOR if phase == "train" else 1.0)
+    return forward * (TRAIN_FACTOR if phase in ("train", "layer") else 1.0)
 
 
 def routing_share(family: str, block: int) -> tuple[float, float]:
@@ -86,7 +97,7 @@ def work(point: Point, family: str, s_flop: float) -> Work:
     """
     shape, size = point.shape, ELEMENT[point.dtype]
     dense = dense_flops(point.phase, point.batch, shape.query_heads, shape.head_dim, point.context)
-    forward = dense / (TRAIN_FACTOR if point.phase == "train" else 1.0)
+    forward = dense / (TRAIN_FACTOR if point.phase in ("train", "layer") else 1.0)
     route_flops, route_bytes = routing_share(family, point.block_size)
     kept = 1.0 - s_flop
     queries = 1 if point.phase == "decode" else point.context
@@ -94,19 +105,34 @@ def work(point: Point, family: str, s_flop: float) -> Work:
     cache = 2.0 * point.batch * shape.kv_heads * point.context * shape.head_dim * size
     if point.phase == "decode":
         moved = rows + cache * min(1.0, kept + route_bytes)
-    elif point.phase == "train":
+    elif point.phase in ("train", "layer"):
         moved = 2 * (rows + cache)  # gradients of the same sizes come on top
     else:
         moved = rows + cache
-    return Work(dense * kept + forward * route_flops, moved, dense * kept, dense)
+    rest = 0.0
+    if point.phase == "layer":
+        parameters = layer_parameters(point.shape)
+        rest = 6.0 * parameters * point.batch * point.context
+        moved += 16.0 * parameters
+    return Work(dense * kept + forward * route_flops + rest, moved, dense * kept + rest, dense + rest)
+
+
+def layer_parameters(shape: Shape) -> int:
+    """Parameters of a decoder layer around an attention of this shape, norms left out."""
+    width, heads = shape.query_heads * shape.head_dim, shape.query_heads + 2 * shape.kv_heads
+    return width * heads * shape.head_dim + width * width + 3 * LAYER_WIDENING * width * width
 
 
 def problem_bytes(point: Point) -> int:
-    """Bytes of one copy of a point's inputs and output."""
+    """Bytes of one copy of a point's inputs and output; of a layer's step also what it holds meanwhile."""
     shape, size = point.shape, ELEMENT[point.dtype]
     queries = 1 if point.phase == "decode" else point.context
     rows = 2 * point.batch * shape.query_heads * queries * shape.head_dim * size
     cache = 2 * point.batch * shape.kv_heads * point.context * shape.head_dim * size
+    if point.phase == "layer":
+        width = shape.query_heads * shape.head_dim
+        held = LAYER_ACTIVATIONS * width * size * point.batch * point.context
+        return 2 * (rows + cache) + 16 * layer_parameters(shape) + held
     return (rows + cache) * (2 if point.phase == "train" else 1)
 
 
@@ -140,9 +166,7 @@ def floor_ms(done: Work, ceilings: dict[str, float], cold: bool, cache_bytes: in
 
 def estimate_ms(point: Point, device: dict[str, Any] | None) -> float:
     """A guess at one call for planning: dense work at a third of a device's usual rate, never under 20 µs."""
-    dense = dense_flops(
-        point.phase, point.batch, point.shape.query_heads, point.shape.head_dim, point.context
-    )
+    dense = work(point, "dense", 0.0).flops
     on_gpu = bool(device and device.get("kind") == "cuda")
     rate, bandwidth = (3e14, 2e12) if on_gpu else (3e10, 1e10)
     return max(0.02, 1e3 * max(dense / rate, problem_bytes(point) / bandwidth))

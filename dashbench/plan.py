@@ -51,8 +51,11 @@ def skip_reason(point: Point, device: dict[str, Any] | None, own_interpreter: bo
         One clause for a row's `reason`, or None.
     """
     method = registry()[point.method]
-    if point.phase not in method.phases:
-        return f"{method.name} has no {point.phase}"
+    phase = point.of_attention().phase
+    if phase not in method.phases:
+        return f"{method.name} has no {phase}"
+    if point.phase == "layer" and point.launch == "graph":
+        return "a layer's training step is launched from Python: autograd is not captured"
     if point.dtype not in method.dtypes:
         return f"{method.name} does not take {point.dtype}"
     if (

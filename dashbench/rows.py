@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 ROW_VERSION = 1
 
-Phase = Literal["prefill", "decode", "train"]
+Phase = Literal["prefill", "decode", "train", "layer"]
 Status = Literal["ok", "skipped", "incorrect", "oom", "timeout", "crashed", "error"]
 
 
@@ -44,7 +44,7 @@ class Point(BaseModel):
     phase: Phase
     context: int = Field(
         gt=0,
-        description="tokens: sequence length in prefill and train, cache length with the new token in decode",
+        description="tokens: the cache with the new token in decode, the sequence in every other phase",
     )
     batch: int = Field(gt=0)
     shape: Shape
@@ -64,6 +64,10 @@ class Point(BaseModel):
     sparsity_tolerance: float = Field(default=0.01, gt=0)
     block_size: int = Field(default=64, gt=0)
     seed: int = 0
+
+    def of_attention(self) -> Point:
+        """What a method is asked for: its training step where a whole layer is timed around it."""
+        return self.model_copy(update={"phase": "train"}) if self.phase == "layer" else self
 
     def key(self) -> str:
         """Stable name of this point: equal for equal content, whatever the order of keys. 16 hex digits."""

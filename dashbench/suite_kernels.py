@@ -133,7 +133,7 @@ ShapeItem = Annotated[
     Shape, BeforeValidator(_shape, json_schema_input_type=Literal[tuple(SHAPES)] | ShapeNumbers)
 ]
 ITEMS: dict[str, Any] = {
-    "phase": Literal["prefill", "decode", "train"],
+    "phase": Literal["prefill", "decode", "train", "layer"],
     "context": Tokens,
     "batch": Positive,
     "shape": ShapeItem,

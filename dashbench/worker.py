@@ -51,7 +51,7 @@ class _Inputs:
     prepared: dict[str, tuple[dict[str, Any], Any]] = field(default_factory=dict)  # by method configuration
     gates: dict[tuple[str, str], Any] = field(default_factory=dict)
     sparsity: dict[str, dict[str, Any]] = field(default_factory=dict)
-    peaks: dict[str, int | None] = field(default_factory=dict)
+    peaks: dict[tuple[str, str], int | None] = field(default_factory=dict)
     copies: list[Any] = field(default_factory=list)
 
 
@@ -70,6 +70,7 @@ class Worker:
         self.environment_key = environment.key(self.environment)
         self.inputs: _Inputs | None = None
         self.fresh: _Inputs | None = None
+        self.trained: tuple[Any, Any] | None = None
         self.points: dict[str, dict[str, Any]] = {}
         self.ceilings_: dict[str, float] = {}
         cache_folder = os.environ.get("DASHBENCH_KNOBS")
@@ -89,7 +90,7 @@ class Worker:
 
     def release(self, _: dict[str, Any]) -> dict[str, Any]:
         self.points.clear()
-        self.inputs = self.fresh = None
+        self.inputs = self.fresh = self.trained = None
         gc.collect()
         if self.device == "cuda":
             self.torch.cuda.empty_cache()
@@ -107,9 +108,10 @@ class Worker:
         method = registry()[point.method]
         if self.device not in method.devices:
             return {"status": "skipped", "reason": f"{point.method} does not run on a {self._device_word()}"}
-        inputs = self._inputs(point)
+        asked = point.of_attention()
+        inputs = self._inputs(asked)
         label = json.dumps([point.method, point.knobs, point.sparsity_target], sort_keys=True)
-        operator, knobs = self._operator(method, point, inputs, label)
+        operator, knobs = self._operator(method, asked, inputs, label)
         fields: dict[str, Any] = {"knob": knobs, "notes": dict(operator.notes), "inputs": inputs.facts}
 
         gate = inputs.gates.get((label, "eager"))
@@ -121,16 +123,25 @@ class Worker:
             return {"status": "incorrect", "reason": gate.detail, "fields": fields}
         if label not in inputs.sparsity:
             inputs.sparsity[label] = sparsity.measure(operator, inputs.problem)
-            inputs.peaks[label] = timing.peak_bytes(operator.run, self.device)
         fields |= inputs.sparsity[label]
-        fields["peak_bytes"] = inputs.peaks[label]
+        if point.phase == "layer":
+            from dashbench.layer import around
+
+            operator = around(self._layer(point.shape), operator, inputs.problem)
+            fields["notes"] = dict(operator.notes)
+        if (label, point.phase) not in inputs.peaks:
+            inputs.peaks[label, point.phase] = timing.peak_bytes(operator.run, self.device)
+        fields["peak_bytes"] = inputs.peaks[label, point.phase]
 
         touched = cost.work(point, method.family, fields["s_flop"] or 0.0).bytes
         copies = timing.rotation(
             cost.problem_bytes(point), touched, self.environment["l2_bytes"], point.cache,
             self._spare_bytes() // 2,
         )  # fmt: skip
-        operators = self._copies(method, inputs, operator, knobs, copies)
+        # A layer's step sweeps the cache many times over: one copy does.
+        operators = (
+            [operator] if point.phase == "layer" else self._copies(method, inputs, operator, knobs, copies)
+        )
         timer = timing.Timer(operators, options, point.launch, self.device)
         if point.launch == "graph":
             gate = check.gate(timer.replayed(), inputs.problem, options.checked_rows, point.seed)
@@ -172,7 +183,7 @@ class Worker:
             took = f"{result['latency_ms']:.4g} ms"
             reason = f"faster than this machine can be: {took}, and its ceilings allow {floor:.4g} ms"
             return {"status": "incorrect", "reason": reason, "fields": fields}
-        fresh = self._inputs(point, variant=1)
+        fresh = self._inputs(point.of_attention(), variant=1)
         operator = import_prepare(held["method"].target)(fresh.problem, **fields["knob"])
         again = check.gate(operator, fresh.problem, held["options"].checked_rows, point.seed + 1)
         fields["recheck"] = again.model_dump()
@@ -227,6 +238,14 @@ class Worker:
         else:
             self.fresh = made
         return made
+
+    def _layer(self, shape: Any) -> Any:
+        """The layer around an attention's shape, kept until inputs are released."""
+        from dashbench.layer import TrainedLayer
+
+        if self.trained is None or self.trained[0] != shape:
+            self.trained = shape, TrainedLayer(shape, self.device)
+        return self.trained[1]
 
     def _operator(self, method: Any, point: Any, inputs: _Inputs, label: str) -> tuple[Any, dict[str, Any]]:
         from dashbench.calibrate import find_knobs

@@ -131,7 +131,7 @@ shape: tiny
     [
         (GOOD + "contxt: 3\n", "{f}:8: contxt: unknown key; did you mean 'context'?"),
         (GOOD + "timing:\n  min_sample: 3\n", "{f}:9: timing.min_sample: unknown key; did you mean 'min_samples'?"),
-        (GOOD.replace("prefill", "prefil"), "{f}:5: phase: expected one of prefill, decode, train, got 'prefil'; did you mean 'prefill'?"),
+        (GOOD.replace("prefill", "prefil"), "{f}:5: phase: expected one of prefill, decode, train, layer, got 'prefil'; did you mean 'prefill'?"),
         (GOOD.replace("dense@math", "dense@maths"), "{f}:4: methods.0: unknown method 'dense@maths'; did you mean 'dense@math'?"),
         (GOOD.replace("tiny", "minicpm-8b"), "{f}:7: shape: unknown shape 'minicpm-8b'; did you mean 'minicpm4-8b'?"),
         (GOOD + "routing: topic\n", "{f}:8: routing: unknown routing 'topic'; did you mean 'topics'?"),

@@ -81,6 +81,8 @@ def _parts(row: dict[str, Any]) -> tuple[dict[str, float], float]:
 def overheads(rows: Iterable[dict[str, Any]], longest: int = LONGEST) -> list[Overhead]:
     """Overheads of every sparse row with stages and a dense row beside it, up to a context.
 
+    Not of whole layers (phase `layer`): what is not attention there is no overhead.
+
     Args:
         rows: stored rows of any kind.
         longest: tokens.
@@ -90,7 +92,8 @@ def overheads(rows: Iterable[dict[str, Any]], longest: int = LONGEST) -> list[Ov
     out = []
     for i, row in enumerate(finished(rows)):
         base = dense.beside(row)
-        if is_dense(row) or row["context"] > longest or not row.get("stages_ms") or base is None:
+        apart = row["phase"] != "layer" and row.get("stages_ms")
+        if not apart or is_dense(row) or row["context"] > longest or base is None:
             continue
         parts, scaled = _parts(row)
         whole = row["latency_ms"]

@@ -98,7 +98,7 @@ def _in_short(
     out = []
     usual = [k for k in points if k.cache == "cold" and k.routing == "topics"]
     found = {c.line: c for c in crossing}
-    for phase in ("prefill", "decode", "train"):
+    for phase in ("prefill", "decode", "train", "layer"):
         here = [k for k in usual if k.phase == phase] or [k for k in points if k.phase == phase]
         # Training cannot be replayed from a graph; where replays were timed they are what counts.
         replayed = [k for k in here if k.launch == "graph"] or here
