@@ -58,3 +58,11 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name in ("empty", "empty_like", "empty_strided"):
         monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+
+
+@pytest.fixture(autouse=True)
+def memory_given_back():
+    """What a test's tensors took goes back to the GPU, which test processes beside each other share."""
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
