@@ -74,7 +74,7 @@ def dense_flops(phase: str, batch: int, query_heads: int, head_dim: int, context
     if phase == "decode":
         return 4.0 * batch * query_heads * head_dim * context
     forward = 2.0 * batch * query_heads * head_dim * context * (context + 1)
-    return forward * (TRAIN_FACTOR if phase in ("train", "layer") else 1.0)
+    return forward * (TRAIN_FACTOR if phase == "train" else 1.0)
 
 
 def routing_share(family: str, block: int) -> tuple[float, float]:
@@ -95,9 +95,14 @@ def work(point: Point, family: str, s_flop: float) -> Work:
         family: `dense`, `fa3`, `dash`, `infllmv2`, `nsa`, or another (then routing counts as free).
         s_flop: measured sparsity: the work is that which was really kept.
     """
+    if point.phase == "layer":
+        alone, parameters = work(point.of_attention(), family, s_flop), layer_parameters(point.shape)
+        rest = 6.0 * parameters * point.batch * point.context
+        moved = alone.bytes + 16.0 * parameters
+        return Work(alone.flops + rest, moved, alone.kept_flops + rest, alone.dense_flops + rest)
     shape, size = point.shape, ELEMENT[point.dtype]
     dense = dense_flops(point.phase, point.batch, shape.query_heads, shape.head_dim, point.context)
-    forward = dense / (TRAIN_FACTOR if point.phase in ("train", "layer") else 1.0)
+    forward = dense / (TRAIN_FACTOR if point.phase == "train" else 1.0)
     route_flops, route_bytes = routing_share(family, point.block_size)
     kept = 1.0 - s_flop
     queries = 1 if point.phase == "decode" else point.context
@@ -105,16 +110,11 @@ def work(point: Point, family: str, s_flop: float) -> Work:
     cache = 2.0 * point.batch * shape.kv_heads * point.context * shape.head_dim * size
     if point.phase == "decode":
         moved = rows + cache * min(1.0, kept + route_bytes)
-    elif point.phase in ("train", "layer"):
+    elif point.phase == "train":
         moved = 2 * (rows + cache)  # gradients of the same sizes come on top
     else:
         moved = rows + cache
-    rest = 0.0
-    if point.phase == "layer":
-        parameters = layer_parameters(point.shape)
-        rest = 6.0 * parameters * point.batch * point.context
-        moved += 16.0 * parameters
-    return Work(dense * kept + forward * route_flops + rest, moved, dense * kept + rest, dense + rest)
+    return Work(dense * kept + forward * route_flops, moved, dense * kept, dense)
 
 
 def layer_parameters(shape: Shape) -> int:
@@ -126,13 +126,13 @@ def layer_parameters(shape: Shape) -> int:
 def problem_bytes(point: Point) -> int:
     """Bytes of one copy of a point's inputs and output; of a layer's step also what it holds meanwhile."""
     shape, size = point.shape, ELEMENT[point.dtype]
-    queries = 1 if point.phase == "decode" else point.context
-    rows = 2 * point.batch * shape.query_heads * queries * shape.head_dim * size
-    cache = 2 * point.batch * shape.kv_heads * point.context * shape.head_dim * size
     if point.phase == "layer":
         width = shape.query_heads * shape.head_dim
         held = LAYER_ACTIVATIONS * width * size * point.batch * point.context
-        return 2 * (rows + cache) + 16 * layer_parameters(shape) + held
+        return problem_bytes(point.of_attention()) + 16 * layer_parameters(shape) + held
+    queries = 1 if point.phase == "decode" else point.context
+    rows = 2 * point.batch * shape.query_heads * queries * shape.head_dim * size
+    cache = 2 * point.batch * shape.kv_heads * point.context * shape.head_dim * size
     return (rows + cache) * (2 if point.phase == "train" else 1)
 
 

@@ -14,7 +14,6 @@ backward at once, so attention's backward comes before the MLP's: another order,
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import torch
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from dashbench.baselines.api import Operator, Problem
 from dashbench.cost import LAYER_WIDENING
-from dashbench.miniature.llama import Layer, rotate
+from dashbench.miniature.llama import Layer, rotary, rotate
 from dashbench.miniature.shape import LlamaShape
 from dashbench.rows import Shape
 
@@ -69,16 +68,13 @@ class LayerStep:
 
     def __init__(self, trained: TrainedLayer, operator: Operator, problem: Problem):
         self.trained, self.operator, self.problem = trained, operator, problem
-        batch, _, length, dim = problem.query.shape
+        batch, _, length, _ = problem.query.shape
         like = {"dtype": problem.query.dtype, "device": problem.query.device}
         generator = torch.Generator(problem.query.device).manual_seed(problem.seed)
         shape = batch, length, trained.width
         self.hidden = torch.randn(shape, generator=generator, **like).requires_grad_()
         self.gradient = torch.randn(shape, generator=generator, **like)
-        place = torch.arange(length, device=problem.query.device, dtype=torch.float32)
-        half = torch.arange(dim // 2, device=problem.query.device, dtype=torch.float32)
-        angle = place[:, None] * (half * (-math.log(trained.sizes.rope_theta) / (dim // 2))).exp()
-        self.cos, self.sin = (f(angle.repeat(1, 2)).to(like["dtype"]) for f in (torch.cos, torch.sin))
+        self.cos, self.sin = rotary(length, trained.sizes, **like)
 
     def run(self) -> Tensor:
         """The whole step; returns attention's output `[B, Hq, N, D]`, which a gate can judge."""

@@ -50,6 +50,15 @@ class Telemetry:
         self.readings.append(reading)
         return reading
 
+    def other_processes(self) -> int | None:
+        """Processes beside this one that compute on the GPU; None where NVML does not say."""
+        if self._nvml is None:
+            return None
+        try:
+            return max(0, len(self._nvml.nvmlDeviceGetComputeRunningProcesses(self._handle)) - 1)
+        except self._nvml.NVMLError:
+            return None
+
     def summary(self) -> dict[str, Any]:
         """Minimum, median and maximum of each reading, and the share of readings at the power cap."""
         if not self.readings:
@@ -70,17 +79,6 @@ def throttled(reading: dict[str, float], fastest_mhz: float) -> bool:
     """Whether a reading shows a thermal slowdown, a power brake, or a clock far below `fastest_mhz`."""
     braked = any(int(reading["reasons"]) & bit for bit in BAD_REASONS.values())
     return braked or reading["sm_mhz"] < SLOW_CLOCK * fastest_mhz
-
-
-def other_processes(index: int = 0) -> int | None:
-    """Processes beside this one that compute on a GPU; None where NVML does not say."""
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        return max(0, len(pynvml.nvmlDeviceGetComputeRunningProcesses(_handle(pynvml, index))) - 1)
-    except Exception:  # any NVML failure only costs us the count
-        return None
 
 
 def _handle(nvml: Any, index: int) -> Any:

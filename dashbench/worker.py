@@ -133,15 +133,14 @@ class Worker:
             inputs.peaks[label, point.phase] = timing.peak_bytes(operator.run, self.device)
         fields["peak_bytes"] = inputs.peaks[label, point.phase]
 
-        touched = cost.work(point, method.family, fields["s_flop"] or 0.0).bytes
-        copies = timing.rotation(
-            cost.problem_bytes(point), touched, self.environment["l2_bytes"], point.cache,
-            self._spare_bytes() // 2,
-        )  # fmt: skip
-        # A layer's step sweeps the cache many times over: one copy does.
-        operators = (
-            [operator] if point.phase == "layer" else self._copies(method, inputs, operator, knobs, copies)
-        )
+        copies = 1  # of a layer's step, which sweeps the cache many times over
+        if point.phase != "layer":
+            touched = cost.work(point, method.family, fields["s_flop"] or 0.0).bytes
+            copies = timing.rotation(
+                cost.problem_bytes(point), touched, self.environment["l2_bytes"], point.cache,
+                self._spare_bytes() // 2,
+            )  # fmt: skip
+        operators = self._copies(method, inputs, operator, knobs, copies)
         timer = timing.Timer(operators, options, point.launch, self.device)
         if point.launch == "graph":
             gate = check.gate(timer.replayed(), inputs.problem, options.checked_rows, point.seed)

@@ -40,6 +40,15 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return states * cos + torch.cat([-second, first], -1) * sin
 
 
+def rotary(length: int, shape: LlamaShape, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin of RoPE, (length, head_dim) each."""
+    half = shape.head_dim // 2
+    place = torch.arange(length, device=device, dtype=torch.float32)
+    frequency = torch.arange(half, device=device, dtype=torch.float32) * (-math.log(shape.rope_theta) / half)
+    angle = (place[:, None] * frequency.exp()).repeat(1, 2)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
 class Attention(nn.Module):
     def __init__(self, shape: LlamaShape):
         super().__init__()
@@ -123,13 +132,7 @@ class Llama(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Last hidden states (batch, length, hidden), normalised, of tokens (batch, length)."""
-        length, half = tokens.shape[1], self.shape.head_dim // 2
-        place = torch.arange(length, device=tokens.device, dtype=torch.float32)
-        frequency = torch.arange(half, device=tokens.device, dtype=torch.float32) * (
-            -math.log(self.shape.rope_theta) / half
-        )
-        angle = (place[:, None] * frequency.exp()).repeat(1, 2)
-        cos, sin = angle.cos().to(self.dtype), angle.sin().to(self.dtype)
+        cos, sin = rotary(tokens.shape[1], self.shape, self.dtype, tokens.device)
         hidden = self.model.embed_tokens(tokens).float()
         for layer in self.model.layers:
             hidden = layer(hidden, cos, sin, self.dtype)

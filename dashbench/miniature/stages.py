@@ -24,7 +24,7 @@ from dashbench.miniature.rows import mix
 from dashbench.miniature.steps import Trainer, capture
 from dashbench.miniature.tokenizer import train_tokenizer
 from dashbench.rows_train import REPORTS
-from dashbench.telemetry import other_processes
+from dashbench.telemetry import Telemetry
 from dashbench.train import Report
 
 BURST = 25
@@ -87,7 +87,7 @@ class Meter:
         notes = {
             "questions": scores["questions"],
             "s_by_layer": scores["s_by_layer"],
-            "other_processes": other_processes() if self.device == "cuda" else None,
+            "other_processes": Telemetry().other_processes() if self.device == "cuda" else None,
             **fields.pop("notes", {}),
         }
         go_on = self.tell(
