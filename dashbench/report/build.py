@@ -241,7 +241,7 @@ def build(
         sections.append(
             {
                 "chart": charts.speedup_chart(points),
-                "note": "Against the fastest dense kernel of the same run; bars are 95 % intervals.",
+                "note": "Against the fastest dense kernel of the same suite; bars are 95 % intervals.",
                 "sheets": [sheets.crossover_sheet(crossing, points), sheets.speedup_sheet(points)],
             }
         )
