@@ -95,6 +95,14 @@ LOG2_E = 1.4426950408889634
 ROUTE_TILE = 4096
 """Chunks whose scores a route program keeps in registers; it reads the rest again in every step."""
 
+ROUTE_LEAST = 64
+"""The least such tile, for short caches too: more than one warp's 32 lanes hold. Sums of a tile that one warp
+holds, a number a lane, may differ between its lanes in the last bit: the compiler fuses x · x into the
+addition of the neighbour's rounded square. Lanes that then leave the threshold's loop one step apart wait
+for one another for ever (LOG.md, Decode). A larger tile is summed in each lane first or through shared
+memory, which gives all lanes one number.
+"""
+
 
 BALANCED_GROUPS = 256
 """Groups (sequences x new tokens x KV heads) whose counts every program of a balanced step reads."""
@@ -259,11 +267,12 @@ class DecodeStep:
         """Weights and lists of active chunks from the scores."""
         space, options = self.workspace, self.options
         table, table_stride, per_page = self._pages()
+        tile = min(ROUTE_TILE, max(ROUTE_LEAST, triton.next_power_of_2(self.chunks)))
         route_kernel[(self.kv_heads * self.group, self.rows)](
             space.scores, space.weights, space.lists, space.places, space.biases, space.counts,
             self.cache.lengths, _padding(self.cache), table, space.route_tickets, table_stride, per_page,
             self.new_tokens, self.chunks, 1 / (options.alpha - 1), 1 / options.sigma,
-            G=self.group, C=options.chunk_size, TILE=min(ROUTE_TILE, triton.next_power_of_2(self.chunks)),
+            G=self.group, C=options.chunk_size, TILE=tile,
             ALPHA_IS_1_5=options.alpha == 1.5, BIAS=options.bias_mode,
             FORCE_PREVIOUS=options.forced == "own_and_previous",
             COMPLETED=options.visibility == "completed", num_warps=self.launch.route_warps, **self._common(),

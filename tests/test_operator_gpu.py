@@ -195,6 +195,23 @@ def test_a_padded_prompt_in_pieces_against_a_cache(page_size):
         assert relative(out[same], whole.gather(2, pick)[same]) < 1e-2
 
 
+@pytest.mark.parametrize("alpha", [1.5, 1.25])
+@pytest.mark.parametrize("chunks", [1, 2, 5, 16, 31, 32, 64])
+def test_every_row_of_a_prompt_against_a_short_cache(chunks, alpha):
+    """Thousands of thresholds in few chunks: loops whose lanes parted company never came back."""
+    n = 64 * chunks
+    q, k, v, s = planted(n, 2, 2, 16, 128, 64, seed=chunks, strength=2.0)
+    whole, active = dash_attention(q, k, v, s, alpha=alpha, return_active_blocks=True)
+    lengths = torch.full((2,), n, dtype=torch.int32, device="cuda")
+    cache = DecodeCache(k, v, summarize_chunks(k, s, 64), lengths)
+    for _ in range(3):  # the order of additions is not fixed
+        out, counts = attend_cache(q, cache, DashOptions(alpha=alpha))
+    same = counts == active
+    assert float(same.float().mean()) > 0.97
+    same = same.repeat_interleave(16, 1)
+    assert relative(out[same], whole[same]) < 1e-2
+
+
 def test_dense_below_names_its_backend_and_equals_dense_attention():
     q, k, v, s = planted(1500, 2, 2, 16, 128, 64)
     out, info = dash_attention(q, k, v, s, dense_below=2048, return_info=True)
