@@ -75,6 +75,11 @@ def _attend_tile(
     grad_v_rows = tl.dot(weights.to(grad_rows.dtype), grad_rows, grad_v_rows)
     grad_scores = weights * (tl.dot(values, tl.trans(grad_rows)) - delta[None, :])
     grad_k_rows = tl.dot(grad_scores.to(q_rows.dtype), q_rows, grad_k_rows)
+    if ROUTED and (APPLY_BIAS or SUMMARY):
+        # Waits for the product. A tile that also goes through registers, as q_rows does into `excess`, has
+        # one buffer in Triton 3.6, and its next load does not wait for a product that still reads it: dk was
+        # off by up to 2 %, another way each time (LOG.md, Backward).
+        grad_k_rows += 0.0
     if ROUTED and SUMMARY:
         grad_bias = tl.sum(tl.reshape(tl.sum(grad_scores, 0), [TILE, HEADS]), 1)
         grad_bias = tl.reshape(tl.broadcast_to(grad_bias[:, None], [TILE, HEADS]), [ROWS])

@@ -1,8 +1,9 @@
-"""Which kernels a call would compile, found without a GPU: `python tests/compilations.py [--compile]`.
+"""Which kernels a call would compile, found without a GPU: `python tests/compilations.py [--compile WORD]`.
 
 Every launch stops where Triton has chosen what to compile: its key is recorded (the signature, with what is
-specialised on values, and the constants), and with `--compile` it is compiled for an H200 (sm_90a). Prints
-one JSON object: scenario → the kernels that it compiled and the scenarios before it had not.
+specialised on values, and the constants). Prints one JSON object: scenario → the kernels that it compiled and
+the scenarios before it had not. With `--compile` the scenarios that have WORD in their name are compiled for
+an H200 (sm_90a), and a kernel is followed by the buffers that `pending_products` finds overwritten in it.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ os.environ["TRITON_INTERPRET"] = "0"
 
 import torch
 import triton
+from pending_products import overwritten
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-COMPILE = "--compile" in sys.argv
+COMPILE = sys.argv[2] if sys.argv[1:2] == ["--compile"] else None
 
 
 class NoDevice:
@@ -97,6 +99,9 @@ SCENARIOS = {
     "train 512, batch 3, sparser": lambda: train(512, 3, 0.3),
     "train 1000": lambda: train(1000),
     "train 64": lambda: train(64, 2),
+    "train biased": lambda: train(2048, bias_mode="raw"),
+    "train biased, deterministic": lambda: train(2048, bias_mode="raw", deterministic=True),
+    "train deterministic": lambda: train(2048, deterministic=True),
     "decode 4096": lambda: decode(4096),
     "decode 8192, batch 3": lambda: decode(8192, 3),
     "decode 4032": lambda: decode(4032),
@@ -136,9 +141,11 @@ def count() -> dict[str, list[str]]:
         place = (self.fn.__module__, self.fn.__qualname__, key)
         if place not in seen:
             seen.add(place)
-            found[scenario].append(f"{self.fn.__module__.split('.')[-1]}.{self.fn.__qualname__}")
+            name = f"{self.fn.__module__.split('.')[-1]}.{self.fn.__qualname__}"
             if COMPILE:
-                return do_compile(self, key, signature, device, constexprs, options, attrs, warmup)
+                kernel = do_compile(self, key, signature, device, constexprs, options, attrs, warmup)
+                name = " ".join([name, *overwritten(kernel.asm["ttgir"])])
+            found[scenario].append(name)
         return mock.sentinel.compiled
 
     def stop(self, *args, grid, warmup, **kwargs):
@@ -151,6 +158,8 @@ def count() -> dict[str, list[str]]:
         mock.patch.object(attend_hopper, "supports", on_hopper),
     ):
         for scenario, call in SCENARIOS.items():
+            if COMPILE and COMPILE not in scenario:
+                continue
             found[scenario] = []
             call()
     return found

@@ -1,11 +1,13 @@
 """What is compiled depends on shapes that matter, and not on length, batch or sparsity."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from pending_products import overwritten
 
 NEW = {
     # Another kernel for less than a chunk than for everything else on Hopper; the rest is per feature.
@@ -15,6 +17,9 @@ NEW = {
     "packed": {"route"},
     "padded": {"summarize", "route", "attend"},
     "train 2048": {"backward_lists", "backward_query", "backward_chunk"},
+    "train biased": {"backward_query", "backward_chunk"},
+    "train biased, deterministic": {"backward_query", "backward_chunk"},
+    "train deterministic": {"backward_query", "backward_chunk"},
     "decode 4096": {"decode_kernels"},
     "decode paged": {"decode_kernels"},
     "decode padded": {"decode_kernels"},
@@ -27,12 +32,19 @@ NEW = {
 ROUTE_TILES = {"decode 8192, batch 3", "decode paged otherwise"}
 
 
-@pytest.fixture(scope="module")
-def compiled():
-    script = Path(__file__).parent / "compilations.py"
-    done = subprocess.run([sys.executable, "-P", str(script)], capture_output=True, text=True, timeout=300)
+def run(*arguments):
+    """What the script prints."""
+    here = Path(__file__).parent
+    command = [sys.executable, "-P", str(here / "compilations.py"), *arguments]
+    environment = os.environ | {"PYTHONPATH": str(here)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    return run()
 
 
 def test_only_new_features_compile(compiled):
@@ -46,3 +58,31 @@ def test_only_new_features_compile(compiled):
 def test_the_recorder_sees_kernels(compiled):
     """A recorder that saw nothing would pass the test above for all scenarios but these."""
     assert sum(map(len, compiled.values())) > 20
+
+
+def test_no_tile_is_loaded_over_one_that_a_product_still_reads():
+    """Every backward kernel as compiled for an H200."""
+    kernels = [kernel for found in run("--compile", "train").values() for kernel in found]
+    assert sum("backward_chunk._chunk_kernel" in kernel for kernel in kernels) == 4
+    assert [kernel for kernel in kernels if " " in kernel] == []
+
+
+LOOP = """
+    %tile = ttg.local_alloc : () -> !ttg.memdesc<{slots}x64x128xbf16, #shared, #smem, mutable>
+    %sum:2 = scf.for %i = %c0 to %n step %c1 iter_args(%a = %zero) -> (tensor<64x128xf32, #mma>) {{
+      %slot = ttg.memdesc_index %tile[%c0] : !ttg.memdesc<{slots}x64x128xbf16> -> !ttg.memdesc<64x128xbf16>
+      %rows = ttg.memdesc_reshape %slot : !ttg.memdesc<64x128xbf16> -> !ttg.memdesc<64x128xbf16>
+      %b = ttng.warp_group_dot %p, %rows, %a {{inputPrecision = 0 : i32, isAsync = true}} : tensor<64x128xf32>
+      {wait}
+      ttng.async_tma_copy_global_to_local %q[%c0, %i] %slot, %barrier, %true : !tt.tensordesc<x>
+      scf.yield %b : tensor<64x128xf32, #mma>
+    }}
+"""
+
+
+@pytest.mark.parametrize(
+    ("slots", "pendings", "found"), [(1, None, ["%tile"]), (1, 0, []), (1, 1, ["%tile"]), (2, None, [])]
+)
+def test_a_load_without_a_wait_is_found(slots, pendings, found):
+    wait = "" if pendings is None else f"%w = ttng.warp_group_dot_wait %b {{pendings = {pendings} : i32}} : x"
+    assert overwritten(LOOP.format(slots=slots, wait=wait)) == found
