@@ -12,6 +12,7 @@ import contextlib
 import errno
 import gzip
 import json
+import lzma
 import os
 import shutil
 import zlib
@@ -23,7 +24,10 @@ from filelock import FileLock, Timeout
 
 from dashbench.rows import ROW_VERSION, Row
 
-UNREADABLE = (OSError, EOFError, zlib.error)
+UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError)
+
+PACKED = {".gz": (gzip.open, "gzip -9n"), ".xz": (lzma.open, "xz -9e")}
+"""How a packed store is opened, by its ending, and the command that packs one."""
 """What a file that cannot be read raises: no such right or disk, a packed file cut short, or damaged."""
 
 
@@ -62,13 +66,15 @@ class Store:
             raise
 
     def _unpack(self) -> None:
-        """Puts a store that was packed with gzip back, so that a run goes on where it stopped."""
-        packed = self.path.with_name(self.path.name + ".gz")
-        if self.path.exists() or not packed.exists():
+        """Puts a packed store back, so that a run goes on where it stopped."""
+        there = [p for p in (self.path.with_name(self.path.name + end) for end in PACKED) if p.exists()]
+        if self.path.exists() or not there:
             return
+        packed = there[0]
+        unpacked, command = PACKED[packed.suffix]
         whole = self.path.with_name(self.path.name + ".unpacking")
         try:
-            with gzip.open(packed) as source, open(whole, "wb") as target:
+            with unpacked(packed) as source, open(whole, "wb") as target:
                 shutil.copyfileobj(source, target)
                 target.flush()
                 os.fsync(target.fileno())
@@ -77,7 +83,7 @@ class Store:
             raise StoreError(f"cannot unpack {packed}: {problem}") from None
         whole.rename(self.path)
         packed.unlink()
-        self.notices.append(f"{packed}: unpacked to go on; `gzip -9n {self.path}` packs it again")
+        self.notices.append(f"{packed}: unpacked to go on; `{command} {self.path}` packs it again")
 
     def _repair(self) -> None:
         """Cuts off a last line without an end: the write that a crash interrupted."""
@@ -146,7 +152,7 @@ class Store:
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+        with PACKED[path.suffix][0](path) if path.suffix in PACKED else open(path, "rb") as file:
             yield from enumerate(file, 1)
     except FileNotFoundError:
         return
@@ -189,14 +195,15 @@ def newest(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def store_files(path: Path) -> list[Path]:
     """The row files that a path given by a user means: a file, or the `.jsonl` files of a folder and those
-    that were packed with gzip (`.jsonl.gz`; a run that goes on with one unpacks it).
+    that were packed (`.jsonl.gz`, `.jsonl.xz`; a run that goes on with one unpacks it).
 
     Raises:
         StoreError: there is none.
     """
     if path.is_file():
         return [path]
-    found = sorted([*path.glob("*.jsonl"), *path.glob("*.jsonl.gz")]) if path.is_dir() else []
+    endings = ("", *PACKED)
+    found = sorted(p for end in endings for p in path.glob(f"*.jsonl{end}")) if path.is_dir() else []
     if not found:
         raise StoreError(f"{path}: no rows here (expected a .jsonl file, or a folder that holds some)")
     return found

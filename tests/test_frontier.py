@@ -191,3 +191,20 @@ def test_one_implementation_of_a_method_is_one_line():
     assert theirs.lengths("nsa") == [4096, 8192] and theirs.cost("nsa", 0.75, 4096).value == pytest.approx(
         1.0
     )
+
+
+def test_checkpoints_of_one_method_are_told_apart_and_share_a_frontier():
+    rows = study(40)
+    sparser = [
+        {**r, "key": "s" + r["key"][1:], "checkpoint": "here/sparser", "label": "dash-sparser"}
+        for r in study(40, seed=1, plan={"dash": [(0.75, 0.76, 0.95)]})
+    ]
+    (table,) = scores(rows + sparser)
+    labels = [c.label for c in table.configurations if c.method == "dash"]
+    assert "dash-sparser 75 %" in labels and labels.count("dash 75 %") == 1
+    (result,) = pareto(rows + sparser)
+    assert {m for m, *_ in result.differences} <= {"dash", "infllmv2", "nsa"}
+    same_name = [{**r, "label": "dash"} for r in sparser]
+    (table,) = scores(rows + same_name)
+    labels = [c.label for c in table.configurations if c.method == "dash"]
+    assert {"dash (sparser) 75 %", "dash (miniature-dash@1234) 75 %"} <= set(labels)

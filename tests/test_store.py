@@ -3,6 +3,7 @@
 import errno
 import gzip
 import json
+import lzma
 import os
 import time
 
@@ -151,26 +152,32 @@ def test_what_is_no_store_is_said_so(tmp_path):
     assert store_files(tmp_path) == [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
 
 
-def test_packed_rows_are_read_too(tmp_path):
+PACKING = pytest.mark.parametrize("ending, pack", [("gz", gzip.compress), ("xz", lzma.compress)])
+
+
+@PACKING
+def test_packed_rows_are_read_too(tmp_path, ending, pack):
     with Store(tmp_path / "s.jsonl") as store:
         for number in range(3):
             store.append(row(number))
-    (tmp_path / "big.jsonl.gz").write_bytes(gzip.compress((tmp_path / "s.jsonl").read_bytes()))
-    assert [p.name for p in store_files(tmp_path)] == ["big.jsonl.gz", "s.jsonl"]
-    assert read_rows(tmp_path / "big.jsonl.gz") == read_rows(tmp_path / "s.jsonl")
-    whole = (tmp_path / "big.jsonl.gz").read_bytes()
+    big = tmp_path / f"big.jsonl.{ending}"
+    big.write_bytes(pack((tmp_path / "s.jsonl").read_bytes()))
+    assert store_files(tmp_path) == [big, tmp_path / "s.jsonl"]
+    assert read_rows(big) == read_rows(tmp_path / "s.jsonl")
+    whole = big.read_bytes()
     damaged = whole[:200] + bytes(50) + whole[250:]
     for content in (whole[:-20], damaged):
-        (tmp_path / "big.jsonl.gz").write_bytes(content)
-        with pytest.raises(StoreError, match=r"cannot read .*big\.jsonl\.gz"):
-            read_rows(tmp_path / "big.jsonl.gz")
+        big.write_bytes(content)
+        with pytest.raises(StoreError, match=rf"cannot read .*big\.jsonl\.{ending}"):
+            read_rows(big)
 
 
-def test_a_run_goes_on_with_a_packed_store(tmp_path):
-    path, packed = tmp_path / "s.jsonl", tmp_path / "s.jsonl.gz"
+@PACKING
+def test_a_run_goes_on_with_a_packed_store(tmp_path, ending, pack):
+    path, packed = tmp_path / "s.jsonl", tmp_path / f"s.jsonl.{ending}"
     with Store(path) as store:
         store.append(row(1))
-    packed.write_bytes(gzip.compress(path.read_bytes()))
+    packed.write_bytes(pack(path.read_bytes()))
     path.unlink()
     with Store(path) as store:
         assert "unpacked" in store.notices[0]
@@ -178,7 +185,7 @@ def test_a_run_goes_on_with_a_packed_store(tmp_path):
         store.append(row(2))
     assert len(read_rows(path)) == 2 and not packed.exists()
     path.unlink()
-    packed.write_bytes(b"no gzip at all")
+    packed.write_bytes(b"not packed at all")
     with pytest.raises(StoreError, match="cannot unpack"):
         Store(path)
     assert packed.exists() and not path.exists()

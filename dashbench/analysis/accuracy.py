@@ -26,12 +26,17 @@ FINISHED = 0.9
 
 
 class Configuration(NamedTuple):
-    """What is compared on accuracy."""
+    """What is compared on accuracy.
+
+    `name` is what a table calls the method: the model's name in its suite where a table has several
+    checkpoints of the method, else the method's.
+    """
 
     method: str
     checkpoint: str
     sparsity_target: float | None
     knob: str
+    name: str = ""
 
     @property
     def asked(self) -> str:
@@ -43,7 +48,7 @@ class Configuration(NamedTuple):
     @property
     def label(self) -> str:
         """`dash 75 %`."""
-        return f"{self.method} {self.asked}".strip()
+        return f"{self.name or self.method} {self.asked}".strip()
 
     @property
     def order(self) -> tuple[Any, ...]:
@@ -92,6 +97,23 @@ def configuration(row: dict[str, Any]) -> Configuration:
     )
 
 
+def _names(rows: list[dict[str, Any]]) -> dict[Configuration, str]:
+    """What to call each configuration, see `Configuration.name`; where suites gave two checkpoints of a method
+    one name, the end of its path tells them apart."""
+    called: dict[str, dict[str, str]] = defaultdict(dict)  # of a method: checkpoint, its model's name
+    for r in rows:
+        c = configuration(r)
+        called[c.method].setdefault(c.checkpoint, str(r.get("label") or c.method))
+    out = {}
+    for c in map(configuration, rows):
+        own = called[c.method]
+        name = own[c.checkpoint]
+        if list(own.values()).count(name) > 1:
+            name = f"{name} ({c.checkpoint.rsplit('/', 1)[-1]})"
+        out[c] = name if len(own) > 1 else c.method
+    return out
+
+
 def _common(held: dict[Configuration, dict], left_out: dict[Configuration, str]) -> list:
     """Documents that every configuration has. Configurations that are not finished, or that would leave none,
     are taken out of `held`: one that answered little would cut the comparison of all others down to that."""
@@ -134,16 +156,18 @@ def scores(
     for r in sorted(found, key=lambda r: (str(r.get("timestamp", "")), r["key"])):
         document = (r["task"], str(r["doc_id"]), str(r.get("prompt_hash") or ""))
         by_length[r["length"]][configuration(r)][document] = r
+    names = _names(found)
     out = []
     for length in sorted(by_length):
         held = {c: by_length[length][c] for c in sorted(by_length[length], key=lambda c: c.order)}
         left_out: dict[Configuration, str] = {}
         documents = _common(held, left_out)
         cells = [[held[c][d] for d in documents] for c in held]
+        left_out = {c._replace(name=names[c]): why for c, why in left_out.items()}
         out.append(
             Scores(
                 length,
-                list(held),
+                [c._replace(name=names[c]) for c in held],
                 [d[0] for d in documents],
                 documents,
                 np.array([[r["score"] for r in line] for line in cells], dtype=float),

@@ -225,6 +225,8 @@ def _accuracy(claim: Claim, who: str, names: list[str], rows: list[dict[str, Any
                 measured = around(difference_draws(table, a, b, 7), gap)
                 verdict, why = _judge(measured, required)
                 where = f"{table.length} tokens, {len(table.documents)} documents"
+                if (name := table.configurations[a].name) != check.method:
+                    where = f"{name}, {where}"
                 found.append(Finding(claim, who, where, required, measured, verdict, why))
     return found
 

