@@ -209,8 +209,9 @@ def write_figures(stores: list[Path], folder: Path) -> list[Path]:
     if len(environments) > 1:
         raise StoreError(f"rows of {len(environments)} environments are not drawn into one figure")
     written = []
+    name = stores[0].name.split(".jsonl")[0]
     for draw, kind in ((draw_latency, "latency"), (draw_speedup, "speedup")):
-        path = folder / f"{stores[0].stem}-{kind}.png"
+        path = folder / f"{name}-{kind}.png"
         if draw(rows, path):
             written.append(path)
     if not written:

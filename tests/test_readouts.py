@@ -7,6 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from dashbench.cli import app
+from dashbench.store import read_rows
 
 H200 = Path(__file__).parent.parent / "results" / "nvidia-h200"
 
@@ -18,7 +19,7 @@ def dashbench(*words):
 @pytest.fixture
 def changed(tmp_path):
     """The committed prefill rows twice: as they are, and with `dash` half as fast and cuDNN twice as fast."""
-    rows = [json.loads(line) for line in (H200 / "prefill.jsonl").read_text().splitlines()]
+    rows = read_rows(H200 / "prefill.jsonl.gz")
     for name, factors in (("before", {}), ("after", {"dash": 2.0, "dense@cudnn": 0.5})):
         with open(tmp_path / f"{name}.jsonl", "w") as file:
             for row in rows:
@@ -31,7 +32,7 @@ def changed(tmp_path):
 
 
 def test_crossover_reads_the_committed_rows():
-    done = dashbench("crossover", H200 / "prefill.jsonl")
+    done = dashbench("crossover", H200 / "prefill.jsonl.gz")
     assert done.exit_code == 0
     lines = [line for line in done.stdout.splitlines() if "dash" in line]
     assert len(lines) == 9
@@ -58,7 +59,7 @@ def test_compare_finds_what_changed_and_can_fail(changed):
 
 def test_figures_are_drawn_again_byte_for_byte(tmp_path):
     for folder in ("a", "b"):
-        assert dashbench("figures", H200 / "prefill.jsonl", "--out", tmp_path / folder).exit_code == 0
+        assert dashbench("figures", H200 / "prefill.jsonl.gz", "--out", tmp_path / folder).exit_code == 0
     for name in ("prefill-latency.png", "prefill-speedup.png"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
@@ -68,7 +69,7 @@ def test_figures_are_drawn_again_byte_for_byte(tmp_path):
     [
         (["crossover", "nowhere"], "nowhere: no rows here"),
         (["crossover", H200 / "context.jsonl.gz"], "no sparse method has a dense row beside it"),
-        (["compare", H200 / "context.jsonl.gz", H200 / "prefill.jsonl"], ""),
+        (["compare", H200 / "context.jsonl.gz", H200 / "prefill.jsonl.gz"], ""),
         (["compare", "nowhere", "nowhere"], "nowhere: no rows here"),
         (["compare", "a", "b", "--fail-on", "faster"], "--fail-on: expected slower, got 'faster'"),
         (["figures", "nowhere"], "nowhere: no rows here"),

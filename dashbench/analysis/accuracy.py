@@ -90,7 +90,7 @@ def configuration(row: dict[str, Any]) -> Configuration:
     """The configuration of an accuracy row."""
     target = row.get("sparsity_target")
     knob = {} if target is not None else row.get("knob") or {}
-    if target is None and not knob and row.get("preset"):
+    if target is None and not knob and row.get("preset") and row["method"] != "dense":
         knob = {"preset": row["preset"]}
     return Configuration(
         row["method"], str(row.get("checkpoint") or ""), target, json.dumps(knob, sort_keys=True)
@@ -98,8 +98,8 @@ def configuration(row: dict[str, Any]) -> Configuration:
 
 
 def _names(rows: list[dict[str, Any]]) -> dict[Configuration, str]:
-    """What to call each configuration, see `Configuration.name`; where suites gave two checkpoints of a method
-    one name, the end of its path tells them apart."""
+    """What to call each configuration, see `Configuration.name`; where suites gave two checkpoints of a
+    method one name, the end of its path tells them apart."""
     called: dict[str, dict[str, str]] = defaultdict(dict)  # of a method: checkpoint, its model's name
     for r in rows:
         c = configuration(r)

@@ -126,13 +126,16 @@ def pareto_chart(found: Sequence[Pareto]) -> Chart:
     panels = []
     for result in found:
         series = []
-        for method in sorted({p.configuration.method for p in result.points}):
-            mine = [p for p in result.points if p.configuration.method == method]
+        names = {(p.configuration.method, p.configuration.name) for p in result.points}
+        for method, name in sorted(names):
+            mine = [
+                p for p in result.points if (p.configuration.method, p.configuration.name) == (method, name)
+            ]
             mine.sort(key=lambda p: p.cost.value)
             series.append(
                 {
                     "method": method,
-                    "label": method,
+                    "label": name or method,
                     "colour": colour(method),
                     "names": [f"{p.configuration.label} ({p.mark}, {p.probability:.2f})" for p in mine],
                     "marks": [p.mark for p in mine],

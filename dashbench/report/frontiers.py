@@ -1,4 +1,5 @@
-"""Accuracy against a cost: points with intervals, each method's frontier with its attainment band."""
+"""Accuracy against a cost: points with intervals, joined checkpoint by checkpoint, and each method's
+frontier with its attainment band."""
 
 from __future__ import annotations
 
@@ -8,9 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from dashbench.analysis.pareto import AXES, MethodFrontier, Pareto
+from dashbench.analysis.pareto import AXES, FrontierPoint, MethodFrontier, Pareto
 from dashbench.figures import label_ends_linear, tokens
 from dashbench.report.style import COLUMN_INCHES, colour, column, save_all
+
+STYLES = ("-", "--", ":", "-.")
 
 
 def draw_frontiers(found: Sequence[Pareto], folder: Path) -> list[Path]:
@@ -36,6 +39,19 @@ def _band(axis: Any, frontier: MethodFrontier) -> None:
     )
 
 
+def _line(point: FrontierPoint) -> tuple[str, str]:
+    """What a point is joined with: (method, its name in the table), so that checkpoints are not mixed."""
+    c = point.configuration
+    return c.method, c.name or c.method
+
+
+def _lines(found: Pareto) -> dict[tuple[str, str], str]:
+    """How each line is drawn: a method's first one solid, further checkpoints of it dashed and dotted."""
+    names = sorted({_line(p) for p in found.points})
+    before = [sum(other[0] == line[0] for other in names[:i]) for i, line in enumerate(names)]
+    return {line: STYLES[number % len(STYLES)] for line, number in zip(names, before, strict=True)}
+
+
 def _figure(found: Pareto) -> Any:
     with column() as plt:
         figure, axis = plt.subplots(figsize=(COLUMN_INCHES, 2.6))
@@ -44,10 +60,8 @@ def _figure(found: Pareto) -> Any:
             if frontier.method != "dense":
                 _band(axis, frontier)
         ends = []
-        for method in sorted({p.configuration.method for p in found.points}):
-            mine = sorted(
-                (p for p in found.points if p.configuration.method == method), key=lambda p: p.cost.value
-            )
+        for (method, name), style in _lines(found).items():
+            mine = sorted((p for p in found.points if _line(p) == (method, name)), key=lambda p: p.cost.value)
             shade = colour(method)
             x = np.array([p.cost.value for p in mine])
             y = np.array([p.accuracy.value for p in mine])
@@ -59,7 +73,7 @@ def _figure(found: Pareto) -> Any:
                 x, y, xerr=sides,
                 yerr=[[p.accuracy.value - p.accuracy.low for p in mine],
                       [p.accuracy.high - p.accuracy.value for p in mine]],
-                color=shade, linewidth=1.1, elinewidth=0.6, linestyle="-" if len(mine) > 1 else "none",
+                color=shade, linewidth=1.1, elinewidth=0.6, linestyle=style if len(mine) > 1 else "none",
             )  # fmt: skip
             for px, py, p in zip(x, y, mine, strict=True):
                 face = shade if p.mark == "on" else "white"
@@ -69,7 +83,7 @@ def _figure(found: Pareto) -> Any:
                 )  # fmt: skip
             # Sparsity grows to the right, so its cost, the tokens kept, grows to the left.
             last = int(x.argmin() if found.axis == "sparsity" else x.argmax())
-            ends.append((float(y[last]), method, shade))
+            ends.append((float(y[last]), name, shade))
         axis.grid(alpha=0.25, linewidth=0.5)
         axis.set_ylabel("accuracy")
         axis.set_xlabel("measured sparsity" if found.axis == "sparsity" else AXES[found.axis])

@@ -106,7 +106,7 @@ function drawLines(box, chart, panel, hidden) {
     const nth = (members[s.method] = (members[s.method] ?? -1) + 1);
     const g = make("g", { stroke: s.colour, fill: s.colour }, svg);
     const path = s.points.map((p, i) => `${i ? "L" : "M"}${X(p[0]).toFixed(1)} ${Y(p[1]).toFixed(1)}`).join("");
-    make("path", { d: path, fill: "none", "stroke-width": 2, "stroke-dasharray": pareto ? "" : DASHES[nth % 4] }, g);
+    make("path", { d: path, fill: "none", "stroke-width": 2, "stroke-dasharray": DASHES[nth % 4] }, g);
     s.points.forEach((p, i) => {
       make("line", { x1: X(p[0]), x2: X(p[0]), y1: Y(p[2]), y2: Y(p[3]), "stroke-width": 1.2 }, g);
       if (pareto) make("line", { x1: X(p[4]), x2: X(p[5]), y1: Y(p[1]), y2: Y(p[1]), "stroke-width": 1.2 }, g);
