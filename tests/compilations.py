@@ -62,6 +62,19 @@ def train(tokens, batch=1, gamma=1.0, **options):
     dash_attention(*inputs, scaling_factor=gamma, **options).sum().backward()
 
 
+def train_rival(method, tokens=2048):
+    from dashbench.baselines.infllmv2 import infllmv2_attention
+    from dashbench.baselines.nsa import nsa_attention
+
+    q, k, v = (x.requires_grad_() for x in tensors(1, 32, 2, tokens, 128)[:3])
+    if method == "nsa":
+        gates = torch.zeros(1, 32, tokens, 3, dtype=q.dtype)
+        out = nsa_attention(q, k, v, gates, backend="kernels")
+    else:
+        out = infllmv2_attention(q, k, v, backend="kernels")
+    out.sum().backward()
+
+
 def decode(tokens, batch=1, new_tokens=1, page_size=None, overlap=False, pad=None, balanced=False):
     from dashbench.kernels.decode import DecodeCache, DecodeLaunch, DecodeStep, append
     from dashbench.kernels.reference import DashOptions
@@ -102,6 +115,8 @@ SCENARIOS = {
     "train biased": lambda: train(2048, bias_mode="raw"),
     "train biased, deterministic": lambda: train(2048, bias_mode="raw", deterministic=True),
     "train deterministic": lambda: train(2048, deterministic=True),
+    "train nsa": lambda: train_rival("nsa"),
+    "train infllmv2": lambda: train_rival("infllmv2"),
     "decode 4096": lambda: decode(4096),
     "decode 8192, batch 3": lambda: decode(8192, 3),
     "decode 4032": lambda: decode(4032),

@@ -20,6 +20,17 @@ NEW = {
     "train biased": {"backward_query", "backward_chunk"},
     "train biased, deterministic": {"backward_query", "backward_chunk"},
     "train deterministic": {"backward_query", "backward_chunk"},
+    "train nsa": {
+        "compress",
+        "band",
+        "selection",
+        "gated_sum",
+        "band_backward",
+        "backward_lists",
+        "backward_query",
+        "backward_chunk",
+    },
+    "train infllmv2": {"band", "selection"},
     "decode 4096": {"decode_kernels"},
     "decode paged": {"decode_kernels"},
     "decode padded": {"decode_kernels"},
@@ -61,9 +72,9 @@ def test_the_recorder_sees_kernels(compiled):
 
 
 def test_no_tile_is_loaded_over_one_that_a_product_still_reads():
-    """Every backward kernel as compiled for an H200."""
+    """Every backward kernel as compiled for an H200, and the rivals' forward ones."""
     kernels = [kernel for found in run("--compile", "train").values() for kernel in found]
-    assert sum("backward_chunk._chunk_kernel" in kernel for kernel in kernels) == 4
+    assert sum("backward_chunk._chunk_kernel" in kernel for kernel in kernels) == 5
     assert [kernel for kernel in kernels if " " in kernel] == []
 
 
