@@ -97,15 +97,14 @@ def configuration(row: dict[str, Any]) -> Configuration:
     )
 
 
-def _names(rows: list[dict[str, Any]]) -> dict[Configuration, str]:
-    """What to call each configuration, see `Configuration.name`; where suites gave two checkpoints of a
-    method one name, the end of its path tells them apart."""
+def _names(labels: dict[Configuration, str]) -> dict[Configuration, str]:
+    """What to call each configuration, see `Configuration.name`, by what suites called its model; where they
+    gave two checkpoints of a method one name, the end of its path tells them apart."""
     called: dict[str, dict[str, str]] = defaultdict(dict)  # of a method: checkpoint, its model's name
-    for r in rows:
-        c = configuration(r)
-        called[c.method].setdefault(c.checkpoint, str(r.get("label") or c.method))
+    for c, label in labels.items():
+        called[c.method].setdefault(c.checkpoint, label)
     out = {}
-    for c in map(configuration, rows):
+    for c in labels:
         own = called[c.method]
         name = own[c.checkpoint]
         if list(own.values()).count(name) > 1:
@@ -153,10 +152,12 @@ def scores(
         names, sizes = ", ".join(have[0]), ", ".join(map(str, have[1]))
         raise AnalysisError(f"no accuracy rows of that task and length; there are {names} at {sizes} tokens")
     by_length: dict[int, dict[Configuration, dict]] = defaultdict(lambda: defaultdict(dict))
+    labels: dict[Configuration, str] = {}
     for r in sorted(found, key=lambda r: (str(r.get("timestamp", "")), r["key"])):
-        document = (r["task"], str(r["doc_id"]), str(r.get("prompt_hash") or ""))
-        by_length[r["length"]][configuration(r)][document] = r
-    names = _names(found)
+        document, c = (r["task"], str(r["doc_id"]), str(r.get("prompt_hash") or "")), configuration(r)
+        by_length[r["length"]][c][document] = r
+        labels.setdefault(c, str(r.get("label") or c.method))
+    names = _names(labels)
     out = []
     for length in sorted(by_length):
         held = {c: by_length[length][c] for c in sorted(by_length[length], key=lambda c: c.order)}

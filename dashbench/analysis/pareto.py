@@ -125,6 +125,16 @@ class Pareto:
     left_out: dict[Configuration, str] = field(default_factory=dict)
     note: str = ""
 
+    def lines(self) -> dict[tuple[str, str], list[FrontierPoint]]:
+        """Points that a figure joins, by cost, for each (method, its name in the table): checkpoints are kept
+        apart."""
+        found: dict[tuple[str, str], list[FrontierPoint]] = {}
+        for p in sorted(
+            self.points, key=lambda p: (p.configuration.method, p.configuration.name, p.cost.value)
+        ):
+            found.setdefault((p.configuration.method, p.configuration.name), []).append(p)
+        return found
+
 
 def _costs(
     axis: Axis, table: Scores, sparsity: np.ndarray, kernels: KernelCosts | None

@@ -126,16 +126,11 @@ def pareto_chart(found: Sequence[Pareto]) -> Chart:
     panels = []
     for result in found:
         series = []
-        names = {(p.configuration.method, p.configuration.name) for p in result.points}
-        for method, name in sorted(names):
-            mine = [
-                p for p in result.points if (p.configuration.method, p.configuration.name) == (method, name)
-            ]
-            mine.sort(key=lambda p: p.cost.value)
+        for (method, name), mine in result.lines().items():
             series.append(
                 {
                     "method": method,
-                    "label": name or method,
+                    "label": name,
                     "colour": colour(method),
                     "names": [f"{p.configuration.label} ({p.mark}, {p.probability:.2f})" for p in mine],
                     "marks": [p.mark for p in mine],

@@ -3,13 +3,14 @@ frontier with its attainment band."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dashbench.analysis.pareto import AXES, FrontierPoint, MethodFrontier, Pareto
+from dashbench.analysis.pareto import AXES, MethodFrontier, Pareto
 from dashbench.figures import label_ends_linear, tokens
 from dashbench.report.style import COLUMN_INCHES, colour, column, save_all
 
@@ -39,19 +40,6 @@ def _band(axis: Any, frontier: MethodFrontier) -> None:
     )
 
 
-def _line(point: FrontierPoint) -> tuple[str, str]:
-    """What a point is joined with: (method, its name in the table), so that checkpoints are not mixed."""
-    c = point.configuration
-    return c.method, c.name or c.method
-
-
-def _lines(found: Pareto) -> dict[tuple[str, str], str]:
-    """How each line is drawn: a method's first one solid, further checkpoints of it dashed and dotted."""
-    names = sorted({_line(p) for p in found.points})
-    before = [sum(other[0] == line[0] for other in names[:i]) for i, line in enumerate(names)]
-    return {line: STYLES[number % len(STYLES)] for line, number in zip(names, before, strict=True)}
-
-
 def _figure(found: Pareto) -> Any:
     with column() as plt:
         figure, axis = plt.subplots(figsize=(COLUMN_INCHES, 2.6))
@@ -60,9 +48,10 @@ def _figure(found: Pareto) -> Any:
             if frontier.method != "dense":
                 _band(axis, frontier)
         ends = []
-        for (method, name), style in _lines(found).items():
-            mine = sorted((p for p in found.points if _line(p) == (method, name)), key=lambda p: p.cost.value)
-            shade = colour(method)
+        drawn = Counter()  # lines of each method: the first is solid, further checkpoints dashed and dotted
+        for (method, name), mine in found.lines().items():
+            style, shade = STYLES[drawn[method] % len(STYLES)], colour(method)
+            drawn[method] += 1
             x = np.array([p.cost.value for p in mine])
             y = np.array([p.accuracy.value for p in mine])
             sides = [
