@@ -35,6 +35,20 @@ class CompressedCache:
         self._levels: dict[int, tuple[torch.Tensor, ...]] = {}
         self._counts: dict[int, int] = {}
 
+    def join(self, parts: list[CompressedCache]) -> None:
+        """Take the sequences of `parts`, one part after the other, in place of those known.
+
+        Raises:
+            ValueError: the parts have seen different numbers of tokens.
+        """
+        if len({part.length for part in parts}) != 1:
+            raise ValueError(f"parts of {[part.length for part in parts]} tokens are not one batch")
+        self.length, self._counts = parts[0].length, dict(parts[0]._counts)
+        self._levels = {
+            stride: tuple(torch.cat(column) for column in zip(*(p._levels[stride] for p in parts), strict=True))
+            for stride in parts[0]._levels
+        }
+
     def seen(self, length: int, new: int) -> None:
         """Say that `new` of `length` tokens are new; as many new as there are begin other sequences.
 

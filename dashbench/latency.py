@@ -125,7 +125,7 @@ class Bench:
         """Row fields of one point."""
         import torch
 
-        from dashbench.models.generate import new_sequences, read
+        from dashbench.models.generate import new_sequences, read, rows_at_once
 
         model, cuda = self.model, self.device == "cuda"
         generator = torch.Generator().manual_seed(point.seed)
@@ -167,6 +167,7 @@ class Bench:
             "s_flop": found["s_flop"], "s_mean": found["s_mean"], "s_up": found["s_up"],
             "peak_bytes": torch.cuda.max_memory_allocated() - before if cuda else None,
             "layers": model.config.num_hidden_layers,
+            "rows_at_once": rows_at_once(point.batch, point.context),
         }  # fmt: skip
         return fields | self.predictions(point, fields)
 

@@ -57,6 +57,7 @@ class LatencyRow(BaseRow):
     batch: int
     launch: str = Field(description="of the decode steps: `eager`, or `graph` of one step")
     layers: int | None = None
+    rows_at_once: int | None = Field(default=None, description="prompts of the batch read together")
     ttft_ms: float | None = Field(default=None, description="median time to the first token")
     ttft_samples: list[float] = Field(default_factory=list)
     itl_ms: float | None = Field(default=None, description="median time between tokens")

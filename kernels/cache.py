@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 
 from dashbench.kernels.decode import DecodeCache, DecodeLaunch, append, attend_cache
@@ -126,6 +128,24 @@ class DashCache:
     def advanced(self, tokens: int) -> None:
         """Tell the host that replayed graphs appended `tokens` tokens to every sequence."""
         self.longest += tokens
+
+    def part(self, first: int, last: int) -> DashCache:
+        """Sequences [first, last) as a cache of their own over the same memory, to fill a batch in parts.
+
+        What is appended to it is in this cache, too, whose host must be told by `advanced` once all parts
+        hold the same number of tokens. A part that grows leaves this memory: `reserve` before.
+        """
+        view, rows = self.view, slice(first, last)
+        part = copy.copy(self)
+        part.view = DecodeCache(
+            view.key[rows],
+            view.value[rows],
+            view.summaries[rows],
+            view.lengths[rows],
+            left_padding=None if view.left_padding is None else view.left_padding[rows],
+        )
+        part._tickets = self._tickets[rows]
+        return part
 
     def clear(self) -> None:
         """Forget every token; capacity stays."""

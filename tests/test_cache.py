@@ -50,6 +50,19 @@ def test_token_by_token_decode_equals_the_rows_of_a_prefill():
         torch.testing.assert_close(output[:, :, 0].double(), want[:, :, t], atol=2e-5, rtol=0)
 
 
+def test_parts_fill_the_same_memory():
+    _, key, value, bar = draw(40, seed=2)
+    whole, parted = cache_of(48), cache_of(48)
+    whole.append(key, value, bar)
+    for row in (0, 1):
+        part = parted.part(row, row + 1)
+        part.append(key[row : row + 1], value[row : row + 1], bar)
+    assert parted.longest == 0 and part.longest == 40
+    parted.advanced(40)
+    for name in ("key", "value", "summaries", "lengths"):
+        assert torch.equal(getattr(parted.view, name), getattr(whole.view, name)), name
+
+
 @pytest.mark.parametrize(("new_tokens", "end"), [(3, 36), (22, 52)])
 def test_pieces_of_a_prompt_equal_the_rows_of_one_prefill(new_tokens, end, monkeypatch):
     """Against a cache with a start offset, in slices of at most seven tokens, with left padding."""

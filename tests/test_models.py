@@ -13,8 +13,9 @@ pytest.importorskip("transformers")
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+from dashbench.baselines.selected_blocks import CompressedCache
 from dashbench.models.checkpoint import load, make_checkpoint, random_model, read_config
-from dashbench.models.generate import Generated, end_tokens, generate, new_sequences, read
+from dashbench.models.generate import Generated, end_tokens, generate, new_sequences, read, rows_at_once
 from dashbench.models.kinds import KINDS, CheckpointError, added_parameters, kind_of, settings_of
 
 SPARSE = {"top_k": 4, "local_blocks": 1, "init_blocks": 1, "block_size": 16}
@@ -70,6 +71,46 @@ def test_a_batch_of_equal_lengths_reads_like_its_rows(folders, kind):
     together = read(model, tokens, new_sequences(model, 4, 70))
     alone = torch.cat([read(model, row[None], new_sequences(model, 1, 70)) for row in tokens])
     torch.testing.assert_close(together, alone, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_read_in_parts_goes_on_like_one_read_at_once(folders, kind, monkeypatch):
+    """Seven prompts three at a time, the last part shorter, with planted states as latency suites have."""
+    model = load(folders / kind)
+    tokens = torch.tensor([prompt(70, seed) for seed in range(7)])
+    generator = torch.Generator().manual_seed(5)
+    heads = model.config.num_attention_heads, model.config.num_key_value_heads
+    model.dashbench.planted = tuple(
+        torch.randn(7, h, 80, model.config.head_dim, generator=generator) for h in heads
+    )
+    found = []
+    for at_once in (7 * 70, 3 * 70):
+        monkeypatch.setattr("dashbench.models.generate.AT_ONCE", at_once)
+        sequences = new_sequences(model, 7, 80)
+        logits = [read(model, tokens, sequences)]
+        for _ in range(6):  # a compressed window is completed on the way
+            logits.append(read(model, logits[-1].argmax(-1, keepdim=True), sequences))
+        found.append((torch.stack(logits), sequences.length, sequences.ledger.summary()))
+    torch.testing.assert_close(found[1][0], found[0][0], atol=2e-4, rtol=0)
+    assert found[0][1] == found[1][1] == 76
+    assert found[1][2]["prefill"]["s_flop"] == pytest.approx(found[0][2]["prefill"]["s_flop"])
+
+
+def test_parts_are_of_equal_size_and_one_prompt_at_least():
+    assert [rows_at_once(8, n) for n in (1, 16384, 65536, 131072, 1 << 20)] == [8, 8, 2, 1, 1]
+    assert rows_at_once(7, 40000) == 3
+
+
+def test_a_batch_is_read_in_parts_from_its_beginning(folders):
+    sequences = new_sequences(load(folders / "nsa"), 2, 30)
+    read(load(folders / "nsa"), torch.tensor([prompt(20), prompt(20, 1)]), sequences)
+    with pytest.raises(ValueError, match="not behind 20 tokens"):
+        sequences.part(0, 1)
+    shorter, longer = CompressedCache(), CompressedCache()
+    shorter.seen(5, 5)
+    longer.seen(6, 6)
+    with pytest.raises(ValueError, match=r"parts of \[5, 6\] tokens"):
+        CompressedCache().join([shorter, longer])
 
 
 def test_padded_batches_are_refused(folders):

@@ -107,7 +107,8 @@ def attend(
     start = 0 if sequences is None else sequences.length
     if state.planted is not None:
         here = slice(start, start + query.shape[2])
-        query, key = (x[:, :, here] for x in state.planted)
+        rows = slice(None) if sequences is None else sequences.rows
+        query, key = (x[rows, :, here] for x in state.planted)
     if sequences is not None:
         new = key, value
         by_kernels = state.kind == "dash" and query.is_cuda

@@ -56,9 +56,36 @@ def new_sequences(model: nn.Module, batch: int, capacity: int) -> Sequences:
     return Sequences(*sizes, state.kind, state.settings, model.dtype, model.device)
 
 
+AT_ONCE = 1 << 17
+"""Tokens of prompts that go through the model together. Longer batches are read some sequences at a time, one
+at least: such a prompt fills a GPU by itself, and what the 8B shape makes on the way stays below 10 GiB."""
+
+
+def rows_at_once(batch: int, tokens: int) -> int:
+    """How many of `batch` prompts of `tokens` tokens are read together: parts of equal size, but the last."""
+    parts = -(-batch // max(1, AT_ONCE // tokens))
+    return -(-batch // parts)
+
+
 @torch.no_grad()
 def read(model: nn.Module, tokens: torch.Tensor, sequences: Sequences) -> torch.Tensor:
-    """Reads tokens `[B, T]` behind what the sequences hold; returns the logits `[B, V]` behind the last."""
+    """Reads tokens `[B, T]` behind what the sequences hold; returns the logits `[B, V]` behind the last.
+
+    Prompts of a large batch are read some at a time, see `AT_ONCE`.
+    """
+    batch = tokens.shape[0]
+    rows = rows_at_once(*tokens.shape)
+    if rows == batch or sequences.length:
+        return _read(model, tokens, sequences)
+    parts, logits = [], []
+    for first in range(0, batch, rows):
+        parts.append(sequences.part(first, min(first + rows, batch)))
+        logits.append(_read(model, tokens[first : first + rows], parts[-1]))
+    sequences.join(parts)
+    return torch.cat(logits)
+
+
+def _read(model: nn.Module, tokens: torch.Tensor, sequences: Sequences) -> torch.Tensor:
     start = sequences.length
     position = torch.arange(start, start + tokens.shape[1], device=tokens.device)[None]
     hidden = model.model(
