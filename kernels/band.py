@@ -93,25 +93,33 @@ def _band_kernel(
     peak = tl.full([TILE * HEADS], float("-inf"), tl.float32)
     total = tl.zeros([TILE * HEADS], tl.float32)
     accumulator = tl.zeros([TILE * HEADS, HEAD_DIM], tl.float32)
-    begin = 0
+    # Blocks that all rows see whole, `begin` to `whole`, need no mask; most have those of a window, but for
+    # the first and the last one or two.
+    begin, whole = 0, least // BLOCK * BLOCK
     if WINDOW:
-        begin = tl.maximum(first_position - window + 1, 0) // BLOCK * BLOCK
-    else:
-        whole = least // BLOCK * BLOCK
-        for first in range(0, whole, BLOCK):
+        head_begin = tl.maximum(first_position - window + 1, 0) // BLOCK * BLOCK
+        begin = tl.cdiv(tl.maximum(last_position - window + 1, 0), BLOCK) * BLOCK
+        for first in range(head_begin, tl.minimum(begin, most), BLOCK):
             k = tl.reshape(keys.load([batch, kv_head, first, 0]), [BLOCK, HEAD_DIM])
             scores = tl.dot(q, tl.trans(k)) * scale_log2
+            seen = (first + column)[None, :] < limit[:, None]
+            seen = seen & ((first + column)[None, :] > (position - window)[:, None])
+            scores = tl.where(seen, scores, float("-inf"))
             weights, peak, total, rescale = _softmax_step(scores, peak, total)
             if VALUES:
                 v = tl.reshape(values.load([batch, kv_head, first, 0]), [BLOCK, HEAD_DIM])
                 accumulator = tl.dot(weights.to(v.dtype), v, accumulator * rescale[:, None])
-        begin = whole
-    for first in range(begin, most, BLOCK):
+    for first in range(begin, whole, BLOCK):
+        k = tl.reshape(keys.load([batch, kv_head, first, 0]), [BLOCK, HEAD_DIM])
+        scores = tl.dot(q, tl.trans(k)) * scale_log2
+        weights, peak, total, rescale = _softmax_step(scores, peak, total)
+        if VALUES:
+            v = tl.reshape(values.load([batch, kv_head, first, 0]), [BLOCK, HEAD_DIM])
+            accumulator = tl.dot(weights.to(v.dtype), v, accumulator * rescale[:, None])
+    for first in range(tl.maximum(begin, whole), most, BLOCK):
         k = tl.reshape(keys.load([batch, kv_head, first, 0]), [BLOCK, HEAD_DIM])
         scores = tl.dot(q, tl.trans(k)) * scale_log2
         seen = (first + column)[None, :] < limit[:, None]
-        if WINDOW:
-            seen = seen & ((first + column)[None, :] > (position - window)[:, None])
         scores = tl.where(seen, scores, float("-inf"))
         weights, peak, total, rescale = _softmax_step(scores, peak, total)
         if VALUES:
@@ -164,8 +172,8 @@ def band_forward(
         band: what is seen.
         start: position of row 0.
         lse: `[B, Hq, N]` fp32 to write, its first two dimensions contiguous over each other; or None.
-        launch: Triton launch options that replace the default ones (BLOCK keys at a time, num_warps,
-            num_stages, maxnreg).
+        launch: launch options that replace the default ones: ROWS of a tile (queries times heads), BLOCK keys
+            at a time, and Triton's num_warps, num_stages, maxnreg.
 
     Returns:
         (output like `query`, or None; lse `[B, Hq, N]` fp32, natural logarithm). A row that sees nothing has
@@ -184,9 +192,9 @@ def band_forward(
         lse.fill_(float("inf"))
         return (None if out is None else out.zero_()), lse
     padded = triton.next_power_of_2(group)
-    tile = max(1, 128 // padded)
+    settings = {"ROWS": 128, "BLOCK": 64, "num_warps": 8, "num_stages": 3, **(launch or {})}
+    tile = max(1, settings.pop("ROWS") // padded)
     tiles = triton.cdiv(rows, tile)
-    settings = {"BLOCK": 64, "num_warps": 8, "num_stages": 3, **(launch or {})}
     query = query if query.stride(-1) == 1 else query.contiguous()
     boxes = [_bulk(_rows(x), [1, 1, settings["BLOCK"], dim]) for x in (key, value) if x is not None]
     strides = (0, 0, 0) if out is None else out.stride()[:3]

@@ -211,8 +211,8 @@ def select_blocks(
         lse: `[B, Hq, N]` fp32, logarithm of the softmax denominator of every query head over the windows it
             sees (+inf: it sees none).
         choice: numbers of blocks and rule.
-        launch: Triton launch options of the scores kernel that replace the default ones (BLOCK windows
-            at a time, num_warps, num_stages, maxnreg).
+        launch: launch options of the scores kernel that replace the default ones: ROWS of a tile (queries
+            times heads), BLOCK windows at a time, and Triton's num_warps, num_stages, maxnreg.
         scratch_bytes: most bytes of block scores in memory at a time (one tile of queries at least).
 
     Returns:
@@ -235,8 +235,8 @@ def select_blocks(
     mask = torch.empty(batch, kv_heads, tokens, words, dtype=torch.int32, device=device)
     active = torch.empty(batch, kv_heads, tokens, dtype=torch.int32, device=device)
     padded = triton.next_power_of_2(group)
-    tile = max(1, 128 // padded)
-    settings = {"BLOCK": 64, "num_warps": 4, "num_stages": 3, **(launch or {})}
+    settings = {"ROWS": 128, "BLOCK": 64, "num_warps": 4, "num_stages": 3, **(launch or {})}
+    tile = max(1, settings.pop("ROWS") // padded)
     if count == 0:  # a descriptor needs memory to point at; lse says that nobody sees it
         compressed = compressed.new_zeros(batch, kv_heads, 1, dim)
     keys = _bulk(_rows(compressed), [1, 1, settings["BLOCK"], dim])
