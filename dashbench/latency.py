@@ -12,6 +12,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import groupby
 from pathlib import Path
@@ -26,6 +27,9 @@ from dashbench.store import Store, stored_rows
 from dashbench.suite import Suite
 from dashbench.tasks.documents import TaskSkipped
 
+ENOUGH_MS = 20_000.0
+"""Readings of a prompt that took so long together are not followed by another."""
+
 KERNEL_METHODS = {"dense": ("fa3", "dense@cudnn", "dense@flash"), "dash": ("dash",), "nsa": ("nsa",),
                   "infllmv2": ("infllmv2",)}  # fmt: skip
 
@@ -35,9 +39,29 @@ def plan_suite(suite: Suite, points: list[LatencyPoint], device: dict[str, Any])
     planned = []
     for point in points:
         skip = "CUDA graphs need a GPU" if point.launch == "graph" and device.get("kind") == "cpu" else None
-        seconds = (point.repeats + 2) * point.batch * point.context * 2e-5 + 2
+        reading = point.batch * point.context * 2e-5
+        timed = min(point.repeats, 1 + int(ENOUGH_MS / 1e3 / reading))
+        seconds = 2 + (1 + timed) * reading * (point.launch == "eager")
         planned.append(Planned(point, skip, 0.0 if skip else seconds))
     return planned
+
+
+@dataclass
+class _Reading:
+    """A prompt that was read, and where its continuation stands.
+
+    Attributes:
+        times: ms of each timed reading.
+        found: sparsity of the prompt's queries.
+        peak: most bytes beyond the weights so far, on a GPU.
+        sequences, token: what holds the prompt and the steps so far, and the last token.
+    """
+
+    times: list[float]
+    found: dict[str, Any]
+    peak: int | None
+    sequences: Any
+    token: Any
 
 
 class Bench:
@@ -56,9 +80,9 @@ class Bench:
         self.loaded: tuple | None = None
         self.model: Any = None
         self.planted_for: tuple | None = None
-        # How long the prompt of a setting took to read, and its sparsity: the launch of later steps does not
-        # change either, so the second launch reads it once, untimed.
-        self.reading: tuple[str, list[float], dict[str, Any]] | None = None
+        # Of the setting at work. The launch of the steps does not change how a prompt is read: the second
+        # launch goes on behind the first one's steps.
+        self.reading: _Reading | None = None
         folder = suite.spec.kernel_rows
         self.kernel_rows = kernel_rows(Path(folder), self.environment_key) if folder else []
 
@@ -125,7 +149,39 @@ class Bench:
         """Row fields of one point."""
         import torch
 
-        from dashbench.models.generate import new_sequences, read, rows_at_once
+        from dashbench.models.generate import rows_at_once
+
+        model, cuda = self.model, self.device == "cuda"
+        if self.reading is None:
+            self.reading = self.read(point)
+        reading = self.reading
+        times, found = reading.times, reading.found
+        decode = None
+        if point.launch == "graph":
+            between = _graph_steps(model, reading.sequences, reading.token, point.new_tokens)
+        else:
+            between, reading.token = _eager_steps(
+                model, reading.sequences, reading.token, point.new_tokens, cuda
+            )
+        if cuda:
+            reading.peak = max(reading.peak, torch.cuda.max_memory_allocated() - self.before)
+        fields = {
+            "ttft_ms": statistics.median(times), "ttft_samples": times,
+            "itl_ms": statistics.median(between), "itl_samples": between,
+            "itl_p90_ms": _quantile(between, 0.9), "itl_p99_ms": _quantile(between, 0.99),
+            "tokens_per_s": 1e3 * point.batch / statistics.median(between), "s_decode": decode,
+            "s_flop": found["s_flop"], "s_mean": found["s_mean"], "s_up": found["s_up"],
+            "peak_bytes": reading.peak,
+            "layers": model.config.num_hidden_layers,
+            "rows_at_once": rows_at_once(point.batch, point.context),
+        }  # fmt: skip
+        return fields | self.predictions(point, fields)
+
+    def read(self, point: LatencyPoint) -> _Reading:
+        """Reads the prompt a first time, which warms up and counts, then for its time."""
+        import torch
+
+        from dashbench.models.generate import new_sequences, read
 
         model, cuda = self.model, self.device == "cuda"
         generator = torch.Generator().manual_seed(point.seed)
@@ -134,14 +190,13 @@ class Bench:
         prompt = prompt.to(self.device)
         if cuda:
             torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
+            self.before = torch.cuda.memory_allocated()
+        # Behind the eager steps a captured one has a place of its own.
         capacity = point.context + point.new_tokens + 1
-        setting = point.model_copy(update={"launch": "eager"}).key()
-        known = self.reading if self.reading and self.reading[0] == setting else None
-        reading: list[float] = list(known[1]) if known else []
-        found = known[2] if known else {}
+        times: list[float] = []
+        found: dict[str, Any] = {}
         sequences = token = None
-        for number in range(1 if known else point.repeats + 1):  # the first warms up and counts
+        for number in range(point.repeats + 1):
             sequences = None
             sequences = new_sequences(model, point.batch, capacity)
             sequences.counting = number == 0
@@ -149,27 +204,14 @@ class Bench:
             token = read(model, prompt, sequences).argmax(-1, keepdim=True)
             token.tolist()
             if number:
-                reading.append(1e3 * (_now(cuda) - began))
-            elif not known:
+                times.append(1e3 * (_now(cuda) - began))
+            else:
                 found = sequences.ledger.summary()["prefill"]
-        self.reading = setting, reading, found
+            if sum(times) > ENOUGH_MS:
+                break
         sequences.counting = False
-        if point.launch == "graph":
-            between, decode = _graph_steps(model, sequences, token, point.new_tokens), None
-        else:
-            between = _eager_steps(model, sequences, token, point.new_tokens, cuda)
-            decode = None
-        fields = {
-            "ttft_ms": statistics.median(reading), "ttft_samples": reading,
-            "itl_ms": statistics.median(between), "itl_samples": between,
-            "itl_p90_ms": _quantile(between, 0.9), "itl_p99_ms": _quantile(between, 0.99),
-            "tokens_per_s": 1e3 * point.batch / statistics.median(between), "s_decode": decode,
-            "s_flop": found["s_flop"], "s_mean": found["s_mean"], "s_up": found["s_up"],
-            "peak_bytes": torch.cuda.max_memory_allocated() - before if cuda else None,
-            "layers": model.config.num_hidden_layers,
-            "rows_at_once": rows_at_once(point.batch, point.context),
-        }  # fmt: skip
-        return fields | self.predictions(point, fields)
+        peak = torch.cuda.max_memory_allocated() - self.before if cuda else None
+        return _Reading(times, found, peak, sequences, token)
 
     def predictions(self, point: LatencyPoint, fields: dict[str, Any]) -> dict[str, Any]:
         """What the kernel rows say that attention takes, and what is left."""
@@ -258,8 +300,8 @@ def _quantile(samples: list[float], share: float) -> float:
     return sorted(samples)[min(len(samples) - 1, int(share * len(samples)))]
 
 
-def _eager_steps(model: Any, sequences: Any, token: Any, count: int, cuda: bool) -> list[float]:
-    """ms of each step: token in, token on the host out; the first two warm up."""
+def _eager_steps(model: Any, sequences: Any, token: Any, count: int, cuda: bool) -> tuple[list[float], Any]:
+    """(ms of each step: token in, token on the host out, the last token); the first two warm up."""
     from dashbench.models.generate import read
 
     found = []
@@ -268,7 +310,7 @@ def _eager_steps(model: Any, sequences: Any, token: Any, count: int, cuda: bool)
         token = read(model, token, sequences).argmax(-1, keepdim=True)
         token.tolist()
         found.append(1e3 * (_now(cuda) - began))
-    return found[2:] if len(found) > 4 else found
+    return (found[2:] if len(found) > 4 else found), token
 
 
 def _graph_steps(model: Any, sequences: Any, token: Any, count: int) -> list[float]:
@@ -352,6 +394,7 @@ def run_suite(
 
 def _one_setting(bench: Bench, points: list[LatencyPoint], until: float | None) -> None:
     """Points that differ in the launch alone."""
+    bench.reading = None  # the setting before needs no memory any more
     knobs: dict[str, Any] | None = None
     for point in points:
         began = time.monotonic()

@@ -66,7 +66,9 @@ class LatencySuite(BaseModel):
         default="planted", description="what attention sees: planted topics, or the model's own states"
     )
     new_tokens: Positive = Field(default=32, description="tokens generated and timed")
-    repeats: Positive = Field(default=3, description="times the prompt is read, at least")
+    repeats: Positive = Field(
+        default=3, description="times the prompt is read and timed, after a first; fewer once 20 s are spent"
+    )
     kernel_rows: str | None = Field(
         default=None, description="folder of kernel rows of the same machine, for predictions"
     )

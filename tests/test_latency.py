@@ -100,6 +100,13 @@ def test_predictions_come_from_kernel_rows_of_the_same_machine(tmp_path):
     assert row["unexplained_ttft_ms"] == pytest.approx(row["ttft_ms"] - 1.0)
 
 
+def test_prompts_that_take_long_are_not_read_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("dashbench.latency.ENOUGH_MS", 0.0)
+    summary = run_suite(load_suite(suite(tmp_path, "batch: [2]\n")), tmp_path / "out", only=["full"])
+    row = read_rows(summary.store)[0]
+    assert len(row["ttft_samples"]) == 1 and row["rows_at_once"] == 2
+
+
 def test_sparsities_out_of_reach_are_skipped(tmp_path):
     models = (
         "  - {name: dash, attention: dash, random: tiny, knobs: {chunk_size: 16},\n"
