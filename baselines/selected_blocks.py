@@ -44,6 +44,7 @@ class CompressedCache:
         if len({part.length for part in parts}) != 1:
             raise ValueError(f"parts of {[part.length for part in parts]} tokens are not one batch")
         self.length, self._counts = parts[0].length, dict(parts[0]._counts)
+        self._levels = {}
         for stride in parts[0]._levels:
             levels = (part._levels[stride] for part in parts)
             self._levels[stride] = tuple(torch.cat(column) for column in zip(*levels, strict=True))
