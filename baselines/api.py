@@ -97,7 +97,9 @@ class Operator:
         tile_union: `tile_union(t) -> float`: mean size of the union of routes over t consecutive queries
             over the mean size of one route (tile inflation); None where it makes no sense. The harness
             derives it from `selected` if this is None.
-        gradients: for `train`: `gradients() -> {"query": ..., "key": ..., "value": ...}` of the last `run`.
+        gradients: for `train`: `gradients() -> {"query": ..., "key": ..., "value": ...}` of the last `run`;
+            where queries act otherwise than through scores as well (gates made from them), also
+            "query by scores", the part of "query" that comes through scores.
         reference_gradients: for `train`: `reference_gradients() -> same keys`, fp64, of the same problem
             (small problems only) or None.
         notes: facts a row should carry: {"fallback": "dense below 2048"}, tile sizes, versions, preset names.

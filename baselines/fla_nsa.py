@@ -210,16 +210,20 @@ def _train(problem: Problem, method: Nsa, notes: dict) -> Operator:
     leaves = [_token_major(getattr(problem, name)).requires_grad_() for name in names]
     grad_output = _token_major(problem.grad_output)
     counts = _counts(problem, method.top.top_k)
+    source = leaves[0].detach().clone().requires_grad_()  # the gates' own leaf
     grads: dict[str, torch.Tensor] = {}
 
     def run() -> torch.Tensor:
-        gates = method.gates(leaves[0]).to(leaves[0].dtype)
+        gates = method.gates(source).to(source.dtype)
         output = parallel_nsa(
             *leaves, gates[..., 0].contiguous(), gates[..., 1].contiguous(),
             block_counts=counts, block_size=problem.block_size, scale=problem.scale,
         )  # fmt: skip
-        new = torch.autograd.grad(output, leaves, grad_output)
-        grads.update({name: grad.transpose(1, 2) for name, grad in zip(names, new, strict=True)})
+        by_scores, *others, by_gates = torch.autograd.grad(output, (*leaves, source), grad_output)
+        new = (by_scores + by_gates, *others, by_scores)
+        grads.update(
+            {name: x.transpose(1, 2) for name, x in zip((*names, "query by scores"), new, strict=True)}
+        )
         return output.detach().transpose(1, 2)
 
     shared = _shared(problem, method, lambda: _pooled_selection(problem, method))

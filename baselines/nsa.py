@@ -257,13 +257,22 @@ def _sequence(problem: Problem, method: Nsa, settings, choice: BlockChoice, note
         stages["combine"] = lambda: gated_sum(gates, *outputs)
         return Operator(run=run, stages=stages, **shared)
 
+    small = small_enough_for_gradients(problem)
+    if not small and settings.compression not in ("avgpool", "weightedpool"):
+        raise Unsupported(
+            f"gradients of compression {settings.compression!r} cannot be checked at {key.shape[2]} tokens"
+        )
     leaves = [x.detach().clone().requires_grad_() for x in (query, key, value)]
+    # The gates' own leaf: autograd would add its gradient to the queries', here it is done by hand.
+    source = leaves[0].detach().clone().requires_grad_()
     grads: dict[str, torch.Tensor] = {}
 
     def run_train() -> torch.Tensor:
-        live = method.gates(leaves[0]).to(query.dtype)
+        live = method.gates(source).to(query.dtype)
         out = nsa_attention(*leaves, live, **function)
-        grads.update(zip(NAMES, torch.autograd.grad(out, leaves, problem.grad_output), strict=True))
+        new = torch.autograd.grad(out, (*leaves, source), problem.grad_output)
+        grads.update(zip(NAMES, (new[0] + new[3], *new[1:3]), strict=True))
+        grads["query by scores"] = new[0]
         return out.detach()
 
     def exact_gradients() -> dict[str, torch.Tensor]:
@@ -277,7 +286,7 @@ def _sequence(problem: Problem, method: Nsa, settings, choice: BlockChoice, note
     return Operator(
         run=run_train,
         gradients=lambda: dict(grads),
-        reference_gradients=exact_gradients if small_enough_for_gradients(problem) else None,
+        reference_gradients=exact_gradients if small else None,
         **shared,
     )
 

@@ -222,10 +222,11 @@ def _identity_problems(problem: Problem, output: torch.Tensor, found: dict[str, 
     """Checks that hold at any size for every batch element and KV head, with output O and its gradient dO.
 
     Attention is linear in V, so ⟨dV, V⟩ = ⟨dO, O⟩; scores are bilinear in Q and K, so scaling Q is scaling
-    K and ⟨dQ, Q⟩ = ⟨dK, K⟩ (routing by mean-pooled keys included; a learned summary query breaks it, then
-    this part is left out). Both sides are sums of rounded terms: with relative rounding u the difference
-    has a standard deviation of about u times the root of the sum of squared terms. A gradient that lacks a
-    head of its group, a scale or a block misses by far more. Weaker than a comparison, and labelled so.
+    K and ⟨dQ, Q⟩ = ⟨dK, K⟩ (routing by mean-pooled keys included; what gates made of queries add to dQ is
+    not counted; a learned summary query breaks it, then this part is left out). Both sides are sums of
+    rounded terms: with relative rounding u the difference has a standard deviation of about u times the root
+    of the sum of squared terms. A gradient that lacks a head of its group, a scale or a block misses by far
+    more. Weaker than a comparison, and labelled so.
     """
     # float32 products may run as TF32, which has 10 bits of mantissa as float16 has.
     rounding = max(torch.finfo(problem.query.dtype).eps, torch.finfo(torch.float16).eps)
@@ -241,7 +242,8 @@ def _identity_problems(problem: Problem, output: torch.Tensor, found: dict[str, 
 
     pairs = {"value": (terms(found["value"], problem.value), terms(problem.grad_output, output))}
     if not bool(problem.summary_query.any()):
-        pairs["query and key"] = (terms(found["query"], problem.query), terms(found["key"], problem.key))
+        by_scores = found.get("query by scores", found["query"])
+        pairs["query and key"] = (terms(by_scores, problem.query), terms(found["key"], problem.key))
     problems = []
     for name, ((left, left_squares), (right, right_squares)) in pairs.items():
         noise = rounding * (left_squares + right_squares).sqrt()
