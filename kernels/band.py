@@ -192,7 +192,9 @@ def band_forward(
         lse.fill_(float("inf"))
         return (None if out is None else out.zero_()), lse
     padded = triton.next_power_of_2(group)
-    settings = {"ROWS": 128, "BLOCK": 64, "num_warps": 8, "num_stages": 3, **(launch or {})}
+    # Two programs a processor: three stages of keys and values would leave shared memory for one alone, more
+    # registers likewise (LOG.md, The rivals).
+    settings = {"ROWS": 128, "BLOCK": 64, "num_warps": 8, "num_stages": 2, "maxnreg": 128, **(launch or {})}
     tile = max(1, settings.pop("ROWS") // padded)
     tiles = triton.cdiv(rows, tile)
     query = query if query.stride(-1) == 1 else query.contiguous()

@@ -159,7 +159,7 @@ def _choose_kernel(
     group = row * tl.num_programs(0) + head
     block = tl.arange(0, BLOCKS)
     score = tl.load(scores + group * width + block, block <= own, 0.0)
-    chosen = choose_blocks(score, block, own, top_k, init_blocks, local_blocks)
+    chosen = choose_blocks(score, block, own, top_k, init_blocks, local_blocks, True)
     rank = tl.cumsum(chosen, 0) - chosen
     tl.store(lists + group * width + rank, block, chosen != 0)
     tl.store(counts + group, tl.sum(chosen, 0))
@@ -305,7 +305,9 @@ class BlockDecodeStep:
         gates: `[B, Hq, T, branches]` of compressed, selected (and window) attention.
         splits: programs that share a group's blocks; None fills the device twice.
         overlap: launch each kernel before the previous one has drained (capability 9.0 and later).
-        stages: of the attend loop's pipeline.
+        stages: of the attend loop's pipeline: a block's place is loaded before its keys, so 7 have three in
+            flight.
+        band_stages: of the loop over compressed keys and the window.
 
     Raises:
         ValueError: an unsupported shape, named.
@@ -326,7 +328,8 @@ class BlockDecodeStep:
         gates: torch.Tensor | None = None,
         splits: int | None = None,
         overlap: bool = False,
-        stages: int = 5,
+        stages: int = 7,
+        band_stages: int = 3,
     ):
         batch, heads, new_tokens, dim = query.shape
         kv_heads, capacity = key.shape[1], key.shape[2]
@@ -342,7 +345,7 @@ class BlockDecodeStep:
         self.query, self.key, self.value, self.lengths = query, key, value, lengths
         self.compressed_key, self.compressed_value = compressed_key, compressed_value
         self.coarse_key, self.choice, self.window, self.gates = coarse_key, choice, window, gates
-        self.overlap, self.stages = overlap, stages
+        self.overlap, self.stages, self.band_stages = overlap, stages, band_stages
         self.group, self.kv_heads, self.new_tokens, self.dim = heads // kv_heads, kv_heads, new_tokens, dim
         self.rows, self.scale = batch * new_tokens, dim**-0.5
         self.blocks = triton.cdiv(capacity, choice.block_size)
@@ -384,8 +387,8 @@ class BlockDecodeStep:
             self.query.stride()[:3], key.stride()[:3], (key if value is None else value).stride()[:3],
             self.new_tokens, key.shape[2], band.window, self.scale * LOG2_E,
             G=self.group, ROWS=_rows(self.group), D=self.dim, KERNEL=band.kernel, STRIDE=band.stride,
-            BLOCK=64, STAGES=3, WINDOW=band.window > 0, VALUES=value is not None, LOGITS=keep_logits,
-            num_warps=4, **self._common(),
+            BLOCK=64, STAGES=self.band_stages, WINDOW=band.window > 0, VALUES=value is not None,
+            LOGITS=keep_logits, num_warps=4, **self._common(),
         )  # fmt: skip
 
     def windows(self) -> None:

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from dashbench.baselines.block_selection import (
     TopBlocks,
@@ -13,7 +15,7 @@ from dashbench.baselines.block_selection import (
 from dashbench.baselines.selected_blocks import blocks_of_mask
 from dashbench.kernels.band import Band, band_forward
 from dashbench.kernels.compress import mean_windows
-from dashbench.kernels.selection import BlockChoice, select_blocks
+from dashbench.kernels.selection import BlockChoice, choose_blocks, select_blocks
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -86,6 +88,39 @@ def test_equal_scores_are_taken_from_the_left():
     compressed = torch.ones(1, 1, 19, 64, device=DEVICE)
     found = chosen_by_kernels(query, compressed, BlockChoice(16, 4, 0, 1, "max"))
     assert found[0, 0, 79].nonzero().flatten().tolist() == [0, 1, 2, 4]
+
+
+@triton.jit
+def _choose(scores, out, own, top_k, init, local, BLOCKS: tl.constexpr, FOURTHS: tl.constexpr):
+    row, block = tl.program_id(0), tl.arange(0, BLOCKS)
+    score = tl.load(scores + row * BLOCKS + block)
+    tl.store(out + row * BLOCKS + block, choose_blocks(score, block, own, top_k, init, local, FOURTHS))
+
+
+@pytest.mark.parametrize("fourths", [False, True])
+def test_any_scores_are_ranked_like_a_stable_sort(fourths):
+    """Ties, zeros, infinities, scores that differ in the last bit, all forced, too few blocks."""
+    draw = torch.Generator().manual_seed(2)
+    rows = torch.rand(6, 64, generator=draw, dtype=torch.float32)
+    rows[1] = rows[1].round(decimals=1)
+    rows[2] = torch.zeros(64)
+    bits = torch.ones(64, dtype=torch.float32).view(torch.int32)
+    rows[3] = (bits + torch.randint(0, 3, (64,), generator=draw).int()).view(torch.float32)
+    rows[4, ::7] = torch.inf
+    rows[5] *= 2.0 ** torch.randint(-120, 5, (64,), generator=draw)
+    for own, top_k, init, local in (
+        (63, 9, 1, 2),
+        (50, 3, 1, 2),
+        (60, 61, 1, 1),
+        (5, 9, 0, 1),
+        (63, 40, 0, 1),
+    ):
+        out = torch.empty(6, 64, dtype=torch.int32, device=DEVICE)
+        _choose[(6,)](rows.to(DEVICE), out, own, top_k, init, local, BLOCKS=64, FOURTHS=fourths)
+        for row, scores in enumerate(rows.tolist()):
+            rank = {b: (not (b < init or b > own - local), -scores[b], b) for b in range(own + 1)}
+            best = sorted(sorted(rank, key=rank.get)[:top_k])
+            assert out[row].nonzero().flatten().tolist() == best, (row, own, top_k)
 
 
 def test_a_planted_block_is_found_wherever_it_lies():
