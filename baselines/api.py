@@ -97,9 +97,9 @@ class Operator:
         tile_union: `tile_union(t) -> float`: mean size of the union of routes over t consecutive queries
             over the mean size of one route (tile inflation); None where it makes no sense. The harness
             derives it from `selected` if this is None.
-        gradients: for `train`: `gradients() -> {"query": ..., "key": ..., "value": ...}` of the last `run`;
-            where queries act otherwise than through scores as well (gates made from them), also
-            "query by scores", the part of "query" that comes through scores.
+        gradients: for `train`: `gradients() -> {"query": ..., "key": ..., "value": ...}` of the last `run`.
+        score_gradient: for `train` where queries act otherwise than through scores as well (gates made from
+            them): the part of the last `run`'s gradient of query that comes through scores.
         reference_gradients: for `train`: `reference_gradients() -> same keys`, fp64, of the same problem
             (small problems only) or None.
         notes: facts a row should carry: {"fallback": "dense below 2048"}, tile sizes, versions, preset names.
@@ -113,6 +113,7 @@ class Operator:
     kept: Callable[[], torch.Tensor] | None = None
     tile_union: Callable[[int], float] | None = None
     gradients: Callable[[], dict[str, torch.Tensor]] | None = None
+    score_gradient: Callable[[], torch.Tensor] | None = None
     reference_gradients: Callable[[], dict[str, torch.Tensor]] | None = None
     notes: dict[str, Any] = field(default_factory=dict)
     weights_bytes: int = 0

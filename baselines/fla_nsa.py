@@ -221,9 +221,7 @@ def _train(problem: Problem, method: Nsa, notes: dict) -> Operator:
         )  # fmt: skip
         by_scores, *others, by_gates = torch.autograd.grad(output, (*leaves, source), grad_output)
         new = (by_scores + by_gates, *others, by_scores)
-        grads.update(
-            {name: x.transpose(1, 2) for name, x in zip((*names, "query by scores"), new, strict=True)}
-        )
+        grads.update({name: x.transpose(1, 2) for name, x in zip((*names, "by scores"), new, strict=True)})
         return output.detach().transpose(1, 2)
 
     shared = _shared(problem, method, lambda: _pooled_selection(problem, method))
@@ -240,7 +238,8 @@ def _train(problem: Problem, method: Nsa, notes: dict) -> Operator:
 
     return Operator(
         run=run,
-        gradients=lambda: dict(grads),
+        gradients=lambda: {name: grads[name] for name in names},
+        score_gradient=lambda: grads["by scores"],
         reference_gradients=reference_gradients if small_enough_for_gradients(problem) else None,
         notes=notes,
         **shared,

@@ -271,8 +271,7 @@ def _sequence(problem: Problem, method: Nsa, settings, choice: BlockChoice, note
         live = method.gates(source).to(query.dtype)
         out = nsa_attention(*leaves, live, **function)
         new = torch.autograd.grad(out, (*leaves, source), problem.grad_output)
-        grads.update(zip(NAMES, (new[0] + new[3], *new[1:3]), strict=True))
-        grads["query by scores"] = new[0]
+        grads.update(zip((*NAMES, "by scores"), (new[0] + new[3], *new[1:3], new[0]), strict=True))
         return out.detach()
 
     def exact_gradients() -> dict[str, torch.Tensor]:
@@ -285,7 +284,8 @@ def _sequence(problem: Problem, method: Nsa, settings, choice: BlockChoice, note
 
     return Operator(
         run=run_train,
-        gradients=lambda: dict(grads),
+        gradients=lambda: {name: grads[name] for name in NAMES},
+        score_gradient=lambda: grads["by scores"],
         reference_gradients=exact_gradients if small else None,
         **shared,
     )

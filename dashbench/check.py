@@ -208,6 +208,8 @@ def _gradient_problems(
         if not _finite(gradient):
             return [f"gradient of {name} is not finite everywhere"], ""
     if operator.reference_gradients is None:
+        if operator.score_gradient is not None:
+            found = {**found, "query": operator.score_gradient()}
         return _identity_problems(problem, output, found), "gradients judged by Euler's identities only"
     limit = tolerance.gradient_relative_l2
     problems = []
@@ -222,8 +224,8 @@ def _identity_problems(problem: Problem, output: torch.Tensor, found: dict[str, 
     """Checks that hold at any size for every batch element and KV head, with output O and its gradient dO.
 
     Attention is linear in V, so ⟨dV, V⟩ = ⟨dO, O⟩; scores are bilinear in Q and K, so scaling Q is scaling
-    K and ⟨dQ, Q⟩ = ⟨dK, K⟩ (routing by mean-pooled keys included; what gates made of queries add to dQ is
-    not counted; a learned summary query breaks it, then this part is left out). Both sides are sums of
+    K and ⟨dQ, Q⟩ = ⟨dK, K⟩ (routing by mean-pooled keys included, what gates made of queries add to dQ left
+    out; a learned summary query breaks it, then this part is left out). Both sides are sums of
     rounded terms: with relative rounding u the difference has a standard deviation of about u times the root
     of the sum of squared terms. A gradient that lacks a head of its group, a scale or a block misses by far
     more. Weaker than a comparison, and labelled so.
@@ -242,8 +244,7 @@ def _identity_problems(problem: Problem, output: torch.Tensor, found: dict[str, 
 
     pairs = {"value": (terms(found["value"], problem.value), terms(problem.grad_output, output))}
     if not bool(problem.summary_query.any()):
-        by_scores = found.get("query by scores", found["query"])
-        pairs["query and key"] = (terms(by_scores, problem.query), terms(found["key"], problem.key))
+        pairs["query and key"] = (terms(found["query"], problem.query), terms(found["key"], problem.key))
     problems = []
     for name, ((left, left_squares), (right, right_squares)) in pairs.items():
         noise = rounding * (left_squares + right_squares).sqrt()
