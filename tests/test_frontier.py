@@ -193,6 +193,26 @@ def test_one_implementation_of_a_method_is_one_line():
     )
 
 
+def test_what_is_read_off_lies_on_one_checkpoints_curve():
+    """A better checkpoint with points on either side of another's: nothing between the two is reached."""
+    plan = {"dense": [(None, 0.0, 1.0)], "dash": [(0.7, 0.7, 0.5), (0.8, 0.8, 0.3)]}
+    better = [
+        {**r, "key": "b" + r["key"][1:], "checkpoint": "here/better", "label": "better"}
+        for r in study(200, seed=1, plan={"dash": [(0.65, 0.65, 1.0), (0.85, 0.85, 0.8)]})
+    ]
+
+    def read(rows):
+        (result,) = pareto(rows)
+        return {r.at: r.value for r in result.readouts}
+
+    both, alone = (
+        read(study(200, plan=plan) + better),
+        read(study(200, plan={"dense": plan["dense"]}) + better),
+    )
+    assert both["75 % sparsity"].value == pytest.approx(0.9, abs=0.03)
+    assert both == alone, "a worse checkpoint changes nothing"
+
+
 def test_checkpoints_of_one_method_are_told_apart_and_share_a_frontier():
     rows = study(40)
     sparser = [

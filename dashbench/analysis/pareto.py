@@ -205,21 +205,36 @@ def _read_off(axis: Axis, table: Scores, cost: np.ndarray, accuracy: np.ndarray)
     """Read-outs from draws whose first row is the point estimate."""
     out: list[Readout] = []
     methods = sorted({c.method for c in table.configurations})
-    members = {m: [i for i, c in enumerate(table.configurations) if c.method == m] for m in methods}
+    # A knob moves along one checkpoint's curve, not from a checkpoint to another; a method's answer is that
+    # of its best one.
+    curves: dict[str, list[list[int]]] = {}
+    for m in methods:
+        mine = [i for i, c in enumerate(table.configurations) if c.method == m]
+        by_checkpoint: dict[str, list[int]] = {}
+        for i in mine:
+            by_checkpoint.setdefault(table.configurations[i].checkpoint, []).append(i)
+        curves[m] = list(by_checkpoint.values())
     sparse = [m for m in methods if m != "dense"]
+
+    def most(m: str, x: np.ndarray, at: float) -> np.ndarray:
+        """Highest accuracy of the method's curves at `x` = `at`."""
+        found = [_interpolated(x[:, curve], accuracy[:, curve], at) for curve in curves[m]]
+        return np.fmax.reduce(found)
+
     if axis == "sparsity":
         for s in SPARSITIES:
             for m in sparse:
-                values = _interpolated(1 - cost[:, members[m]], accuracy[:, members[m]], s)
+                values = most(m, 1 - cost, s)
                 if np.isfinite(values).any():
                     at = f"{100 * s:g} % sparsity"
                     out.append(_readout(m, "accuracy at equal sparsity", at, values[0], values[1:]))
-    if "dense" not in members:
+    if "dense" not in curves:
         return out
-    dense = members["dense"][0]
+    dense = curves["dense"][0][0]
     floor = accuracy[:, dense] - ALLOWED_LOSS
     for m in sparse:
-        values = cost[:, dense] / _cheapest(cost[:, members[m]], accuracy[:, members[m]], floor)
+        cheapest = [_cheapest(cost[:, curve], accuracy[:, curve], floor) for curve in curves[m]]
+        values = cost[:, dense] / np.fmin.reduce(cheapest)
         question = {
             "latency": "speedup at equal accuracy",
             "memory": "memory saved at equal accuracy",
@@ -231,11 +246,7 @@ def _read_off(axis: Axis, table: Scores, cost: np.ndarray, accuracy: np.ndarray)
     if axis == "latency":
         for share in (0.75, 0.5, 0.33):
             for m in sparse:
-                values = _interpolated(
-                    np.log(cost[:, members[m]] / cost[:, [dense]]),
-                    accuracy[:, members[m]],
-                    float(np.log(share)),
-                )
+                values = most(m, np.log(cost / cost[:, [dense]]), float(np.log(share)))
                 if np.isfinite(values).any():
                     at = f"{100 * share:g} % of dense latency"
                     out.append(_readout(m, "accuracy at equal latency", at, values[0], values[1:]))
