@@ -239,7 +239,12 @@ for (const table of document.querySelectorAll("table.sortable")) {
 
 // All rows: only those in view are in the document.
 (function grid() {
-  const { columns, numbers, words, rows } = DATA.rows;
+  const { columns, numbers, words, layouts } = DATA.rows;
+  const rows = DATA.rows.rows.map(([layout, ...cells]) => {
+    const row = Array(columns.length).fill(null);
+    layouts[layout].forEach((column, i) => (row[column] = cells[i]));
+    return row;
+  });
   const host = document.getElementById("grid"), table = host.firstElementChild, body = table.tBodies[0];
   const used = columns.map((_, c) => rows.some((r) => r[c] !== null));
   const visible = columns.map((_, c) => c).filter((c) => used[c]);

@@ -44,16 +44,22 @@ def _cells(row: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def rows_table(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """`{"columns", "numbers", "words", "rows"}`; a text cell is an index into `words`, None stays null."""
+    """`{"columns", "numbers", "words", "layouts", "rows"}`.
+
+    A row is the number of its layout, then its cells; a layout says which columns they are in, the others are
+    empty (answers fill ten of the columns, and there are many). A text cell is an index into `words`.
+    """
     words: dict[str, int] = {}
+    layouts: dict[tuple[int, ...], int] = {}
     out = []
     ordered = sorted(rows, key=lambda r: (*("" if c is None else str(c) for c in _cells(r)), r["key"]))
     for row in ordered:
-        line = []
-        for name, cell in zip(COLUMNS, _cells(row), strict=True):
-            if cell is None:
-                line.append(None)
-            elif name in NUMBERS:
+        cells = _cells(row)
+        filled = tuple(i for i, cell in enumerate(cells) if cell is not None)
+        line = [layouts.setdefault(filled, len(layouts))]
+        for i in filled:
+            name, cell = COLUMNS[i], cells[i]
+            if name in NUMBERS:
                 line.append(rounded(float(cell)))
             else:
                 line.append(words.setdefault(str(cell), len(words)))
@@ -62,5 +68,6 @@ def rows_table(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "columns": list(COLUMNS),
         "numbers": [name in NUMBERS for name in COLUMNS],
         "words": list(words),
+        "layouts": list(layouts),
         "rows": out,
     }
