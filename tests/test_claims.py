@@ -49,6 +49,23 @@ def test_another_sparsity_does_not_answer():
     assert verdict_of(rows, "dash-decode-75")[0].verdict == "UNTESTED"
 
 
+def test_a_claim_about_a_setting_is_judged_at_that_setting():
+    rng = np.random.default_rng(0)
+    dense = row("dense@flash", 65536, noisy(rng, 12.0, spread=0.01), phase="decode")
+    other = row("nsa", 65536, noisy(rng, 1.0, spread=0.01), **DECODE, knob={"top_k": 32, "window": 512})
+    assert verdict_of([dense, other], "nsa-decode-64k")[0].verdict == "UNTESTED"
+    theirs = {"top_k": 16, "window": 512, "block_size": 64}
+    own = row("nsa", 65536, noisy(rng, 1.0, spread=0.01), **DECODE, knob=theirs)
+    (found,) = verdict_of([dense, other | {"batch": 8}, own], "nsa-decode-64k")
+    assert found.verdict == "REPRODUCED" and "batch 1" in found.setting
+
+
+def test_checkpoints_of_other_people_are_known_by_their_names():
+    rows = [{**r, "checkpoint": f"/models/MiniCPM-4-8B-{r['method']}"} for r in study(documents=30)]
+    assert verdict_of(rows, "dash-frontier-nsa")[0].verdict == "UNTESTED"
+    assert verdict_of(rows, "dash-frontier-nsa", "others'")[0].measured is not None
+
+
 def test_accuracy_claims_follow_planted_chances():
     """In `study` dash loses about 2 points at 75 %, and has the better frontier."""
     rows = study(documents=400)
@@ -69,7 +86,7 @@ def test_the_packaged_claims_name_methods_that_exist():
 
 def test_a_bad_file_is_one_sentence(tmp_path):
     path = tmp_path / "claims.yaml"
-    path.write_text("version: 1\nimplementations: {}\nown_checkpoints: []\nclaims: [{id: x}]\n")
+    path.write_text("version: 1\nimplementations: {}\nothers_checkpoints: []\nclaims: [{id: x}]\n")
     with pytest.raises(AnalysisError, match=r"claims.yaml: claims\.0\.statement: field required"):
         load_claims(path)
     with pytest.raises(AnalysisError, match="cannot be read"):

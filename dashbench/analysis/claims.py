@@ -34,7 +34,8 @@ class _Strict(BaseModel):
 
 
 class SpeedupCheck(_Strict):
-    """Time of the fastest of `over` by time of `method` is at least `value`, each batch apart."""
+    """Time of the fastest of `over` by time of `method` is at least `value`, each batch apart; with `knob`
+    only rows that ran with those parameters count."""
 
     kind: Literal["speedup"]
     method: str
@@ -42,6 +43,7 @@ class SpeedupCheck(_Strict):
     phase: Literal["prefill", "decode", "train"]
     context: int = Field(gt=0)
     sparsity: float | None = Field(default=None, ge=0, lt=1)
+    knob: dict[str, Any] = Field(default_factory=dict)
     value: float = Field(gt=0)
 
 
@@ -88,7 +90,7 @@ class ClaimFile(_Strict):
 
     version: Literal[1]
     implementations: dict[str, dict[str, list[str]]]
-    own_checkpoints: list[str] = Field(description="parts of the names of checkpoints that are ours")
+    others_checkpoints: list[str] = Field(description="parts of the names of other people's checkpoints")
     claims: list[Claim]
 
 
@@ -167,6 +169,7 @@ def _speedup(claim: Claim, who: str, names: list[str], rows: list[dict[str, Any]
         for r in here
         if _matches(r["method"], names)
         and (check.sparsity is None or abs((r["s_flop"] or 0.0) - check.sparsity) <= SPARSITY_SLACK)
+        and check.knob.items() <= (r.get("knob") or {}).items()
     ]
     found = []
     for row in _way(mine):
@@ -248,7 +251,7 @@ def _frontier(claim: Claim, who: str, names: list[str], rows: list[dict[str, Any
 
 
 def _is_own(row: dict[str, Any], claims: ClaimFile) -> bool:
-    return any(part in str(row.get("checkpoint")) for part in claims.own_checkpoints)
+    return not any(part in str(row.get("checkpoint")) for part in claims.others_checkpoints)
 
 
 def check_claims(
