@@ -52,8 +52,10 @@ class Configuration(NamedTuple):
 
     @property
     def order(self) -> tuple[Any, ...]:
-        """Sorts methods by name and each by sparsity."""
-        return (self.method, self.checkpoint, self.sparsity_target or 0.0, self.knob)
+        """Sorts methods by name, their checkpoints too, the one of the method's own name first, and each by
+        sparsity."""
+        other = self.name not in ("", self.method)
+        return (self.method, other, self.name, self.checkpoint, self.sparsity_target or 0.0, self.knob)
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,8 @@ def scores(
     names = _names(labels)
     out = []
     for length in sorted(by_length):
-        held = {c: by_length[length][c] for c in sorted(by_length[length], key=lambda c: c.order)}
+        ordered = sorted(by_length[length], key=lambda c: c._replace(name=names[c]).order)
+        held = {c: by_length[length][c] for c in ordered}
         left_out: dict[Configuration, str] = {}
         documents = _common(held, left_out)
         cells = [[held[c][d] for d in documents] for c in held]

@@ -127,11 +127,9 @@ class Pareto:
 
     def lines(self) -> dict[tuple[str, str], list[FrontierPoint]]:
         """Points that a figure joins, by cost, for each (method, its name in the table): checkpoints are kept
-        apart."""
+        apart, the one that bears the method's name first."""
         found: dict[tuple[str, str], list[FrontierPoint]] = {}
-        for p in sorted(
-            self.points, key=lambda p: (p.configuration.method, p.configuration.name, p.cost.value)
-        ):
+        for p in sorted(self.points, key=lambda p: (*p.configuration.order[:3], p.cost.value)):
             found.setdefault((p.configuration.method, p.configuration.name), []).append(p)
         return found
 
