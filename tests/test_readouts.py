@@ -53,6 +53,9 @@ def test_compare_finds_what_changed_and_can_fail(changed):
     assert (
         not {("FASTER", "dash"), ("SLOWER", "dense@cudnn"), ("SLOWER", "fa3"), ("FASTER", "fa3")} & verdicts
     )
+    lines = [line for line in done.stdout.splitlines() if "prefill" in line]
+    points = {tuple(cell.strip() for cell in line.split("│")[2:9]) for line in lines}
+    assert len(points) == len(lines), "what tells two points apart is in their lines"
     same = dashbench("compare", before, before, "--fail-on", "slower")
     assert same.exit_code == 0 and "SLOWER" not in same.stdout
 

@@ -262,16 +262,24 @@ def comparison_sheet(found: Sequence[Comparison]) -> Sheet:
     rows = []
     for c in found:
         b = c.before
+        asked = b.get("sparsity_target")
         times = (f"{r['latency_ms']:.4g}" for r in (b, c.after))
         rows.append(
-            (c.verdict, b["method"], b["phase"], tokens(b["context"]), str(b["batch"]), *times, c.reason)
-        )
-    return Sheet(
-        "comparison",
-        "Point by point",
-        ("verdict", "method", "phase", "context*", "batch*", "before ms*", "after ms*", "why"),
-        rows,
-    )
+            (
+                c.verdict, b["method"], percent(asked) if asked else _knobs(b), b["phase"], str(b["batch"]),
+                f"{b['cache']}, {b['launch']}", routing_name(b), tokens(b["context"]), *times, c.reason,
+            )
+        )  # fmt: skip
+    columns = (
+        "verdict", "method", "asked", "phase", "batch*", "timed", "routing", "context*", "before ms*",
+        "after ms*", "why",
+    )  # fmt: skip
+    return Sheet("comparison", "Point by point", columns, rows)
+
+
+def _knobs(row: dict[str, Any]) -> str:
+    """`top_k 16, window 512`; nothing for a method without."""
+    return ", ".join(f"{name} {value}" for name, value in sorted((row.get("knob") or {}).items()))
 
 
 def decision_sheet(found: Decision) -> Sheet:
