@@ -62,6 +62,23 @@ def _softmax_step(scores, peak, total):
     return weights, new_peak, total * rescale + tl.sum(weights, 1), rescale
 
 
+@triton.jit
+def _attend_block(
+    q, keys, values, batch, kv_head, first, seen, peak, total, accumulator, scale_log2,
+    HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, VALUES: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """(peak, total, accumulator) with the keys from `first` on, of which a row sees those of `seen`."""
+    k = tl.reshape(keys.load([batch, kv_head, first, 0]), [BLOCK, HEAD_DIM])
+    scores = tl.dot(q, tl.trans(k)) * scale_log2
+    if MASKED:
+        scores = tl.where(seen, scores, float("-inf"))
+    weights, peak, total, rescale = _softmax_step(scores, peak, total)
+    if VALUES:
+        v = tl.reshape(values.load([batch, kv_head, first, 0]), [BLOCK, HEAD_DIM])
+        accumulator = tl.dot(weights.to(v.dtype), v, accumulator * rescale[:, None])
+    return peak, total, accumulator
+
+
 @triton.jit(do_not_specialize=["rows", "count", "start", "tiles", "window"])
 def _band_kernel(
     query, keys, values, out, lse,
@@ -100,31 +117,23 @@ def _band_kernel(
         head_begin = tl.maximum(first_position - window + 1, 0) // BLOCK * BLOCK
         begin = tl.cdiv(tl.maximum(last_position - window + 1, 0), BLOCK) * BLOCK
         for first in range(head_begin, tl.minimum(begin, most), BLOCK):
-            k = tl.reshape(keys.load([batch, kv_head, first, 0]), [BLOCK, HEAD_DIM])
-            scores = tl.dot(q, tl.trans(k)) * scale_log2
             seen = (first + column)[None, :] < limit[:, None]
             seen = seen & ((first + column)[None, :] > (position - window)[:, None])
-            scores = tl.where(seen, scores, float("-inf"))
-            weights, peak, total, rescale = _softmax_step(scores, peak, total)
-            if VALUES:
-                v = tl.reshape(values.load([batch, kv_head, first, 0]), [BLOCK, HEAD_DIM])
-                accumulator = tl.dot(weights.to(v.dtype), v, accumulator * rescale[:, None])
+            peak, total, accumulator = _attend_block(
+                q, keys, values, batch, kv_head, first, seen, peak, total, accumulator, scale_log2,
+                HEAD_DIM, BLOCK, VALUES, True,
+            )  # fmt: skip
     for first in range(begin, whole, BLOCK):
-        k = tl.reshape(keys.load([batch, kv_head, first, 0]), [BLOCK, HEAD_DIM])
-        scores = tl.dot(q, tl.trans(k)) * scale_log2
-        weights, peak, total, rescale = _softmax_step(scores, peak, total)
-        if VALUES:
-            v = tl.reshape(values.load([batch, kv_head, first, 0]), [BLOCK, HEAD_DIM])
-            accumulator = tl.dot(weights.to(v.dtype), v, accumulator * rescale[:, None])
+        peak, total, accumulator = _attend_block(
+            q, keys, values, batch, kv_head, first, None, peak, total, accumulator, scale_log2,
+            HEAD_DIM, BLOCK, VALUES, False,
+        )  # fmt: skip
     for first in range(tl.maximum(begin, whole), most, BLOCK):
-        k = tl.reshape(keys.load([batch, kv_head, first, 0]), [BLOCK, HEAD_DIM])
-        scores = tl.dot(q, tl.trans(k)) * scale_log2
         seen = (first + column)[None, :] < limit[:, None]
-        scores = tl.where(seen, scores, float("-inf"))
-        weights, peak, total, rescale = _softmax_step(scores, peak, total)
-        if VALUES:
-            v = tl.reshape(values.load([batch, kv_head, first, 0]), [BLOCK, HEAD_DIM])
-            accumulator = tl.dot(weights.to(v.dtype), v, accumulator * rescale[:, None])
+        peak, total, accumulator = _attend_block(
+            q, keys, values, batch, kv_head, first, seen, peak, total, accumulator, scale_log2,
+            HEAD_DIM, BLOCK, VALUES, True,
+        )  # fmt: skip
     safe = tl.where(total > 0, total, 1.0)
     # Natural logarithm; +inf where nothing is seen, so that weights exp(s - lse) are 0.
     tl.store(
