@@ -305,8 +305,7 @@ class BlockDecodeStep:
         gates: `[B, Hq, T, branches]` of compressed, selected (and window) attention.
         splits: programs that share a group's blocks; None fills the device twice.
         overlap: launch each kernel before the previous one has drained (capability 9.0 and later).
-        stages: of the attend loop's pipeline: a block's place is loaded before its keys, so 7 have three in
-            flight.
+        stages: of the attend loop's pipeline; None takes what leaves room for a second program beside one.
         band_stages: of the loop over compressed keys and the window.
 
     Raises:
@@ -328,7 +327,7 @@ class BlockDecodeStep:
         gates: torch.Tensor | None = None,
         splits: int | None = None,
         overlap: bool = False,
-        stages: int = 7,
+        stages: int | None = None,
         band_stages: int = 3,
     ):
         batch, heads, new_tokens, dim = query.shape
@@ -345,7 +344,9 @@ class BlockDecodeStep:
         self.query, self.key, self.value, self.lengths = query, key, value, lengths
         self.compressed_key, self.compressed_value = compressed_key, compressed_value
         self.coarse_key, self.choice, self.window, self.gates = coarse_key, choice, window, gates
-        self.overlap, self.stages, self.band_stages = overlap, stages, band_stages
+        self.tile = max(64, choice.block_size)
+        self.overlap, self.band_stages = overlap, band_stages
+        self.stages = stages or _stages(4 * self.tile * dim, query.device)
         self.group, self.kv_heads, self.new_tokens, self.dim = heads // kv_heads, kv_heads, new_tokens, dim
         self.rows, self.scale = batch * new_tokens, dim**-0.5
         self.blocks = triton.cdiv(capacity, choice.block_size)
@@ -436,7 +437,7 @@ class BlockDecodeStep:
             self.query.stride()[:3], self.key.stride()[:3], self.value.stride()[:3], self.key.stride()[:3],
             0, self.blocks, self.new_tokens, self.blocks, self.splits, self.scale, self.scale * LOG2_E,
             G=self.group, ROWS=_rows(self.group), C=self.choice.block_size, D=self.dim,
-            BLOCK=max(64, self.choice.block_size), STAGES=self.stages, BIAS="none", SUMMARIZE=False,
+            BLOCK=self.tile, STAGES=self.stages, BIAS="none", SUMMARIZE=False,
             PADDED=False, PAGED=False, num_warps=4, **self._common(),
         )  # fmt: skip
 
@@ -496,3 +497,15 @@ def _splits(groups: int, blocks: int, device: torch.device) -> int:
     if device.type == "cuda":
         processors = torch.cuda.get_device_properties(device).multi_processor_count
     return max(1, min(2 * processors // groups, MAX_SPLITS, blocks))
+
+
+def _stages(tile_bytes: int, device: torch.device) -> int:
+    """Pipeline stages of an attend loop whose tiles of keys and values have so many bytes: a block's place is
+    loaded before its keys, so n tiles are in flight from 2n + 1 stages; up to three of them, in half of a
+    processor's shared memory (LOG.md, The rivals)."""
+    if device.type != "cuda":
+        return 3
+    known = torch.cuda.get_device_properties(device)
+    # ROCm's properties lack it; every device has 48 KiB.
+    room = getattr(known, "shared_memory_per_block_optin", 48 * 2**10) // 2 - 2**13
+    return 2 * max(1, min(3, room // tile_bytes)) + 1

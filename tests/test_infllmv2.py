@@ -2,6 +2,7 @@
 prompt, and backends agree with each other."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from dashbench.baselines.infllmv2 import infllmv2_attention, prepare
 from dashbench.baselines.selected_blocks import CompressedCache
 from dashbench.check import gate
 from dashbench.inputs import make_problem
+from dashbench.kernels.decode_blocks import _stages
 from dashbench.rows import Point
 from dashbench.sparsity import measure
 
@@ -127,6 +129,18 @@ def test_what_cannot_be_done_is_refused():
 
 REAL = {"name": "minicpm4-8b", "query_heads": 32, "kv_heads": 2, "head_dim": 128}
 PHASES = [("prefill", 8192), ("prefill", 4097), ("decode", 8192), ("train", 1500)]
+
+
+@pytest.mark.parametrize(
+    ("kib", "block", "stages"),
+    [(227, 64, 7), (227, 128, 3), (163, 64, 5), (99, 64, 3), (48, 64, 3)],
+    ids=["H100", "H100, large blocks", "A100", "sm_86", "least"],
+)
+def test_blocks_in_flight_leave_room_for_a_second_program(monkeypatch, kib, block, stages):
+    known = SimpleNamespace(shared_memory_per_block_optin=1024 * kib)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: known)
+    assert _stages(4 * block * 128, torch.device("cuda")) == stages
+    assert _stages(4 * block * 128, torch.device("cpu")) == 3
 
 
 @pytest.mark.gpu
