@@ -126,6 +126,9 @@ def overhead_sheet(found: Sequence[Overhead]) -> Sheet:
     return Sheet("overhead", "Where the time goes at short context", columns, rows, note)
 
 
+OF_DOCUMENTS = "intervals are over documents: how far another training of a checkpoint would be is not in them"
+
+
 def pareto_sheet(found: Pareto) -> Sheet:
     """The configurations in the plane, by method."""
     unit = "" if found.axis in ("sparsity", "flops") else "ms" if found.axis == "latency" else "MiB"
@@ -148,7 +151,7 @@ def pareto_sheet(found: Pareto) -> Sheet:
         f"Accuracy against {where} at {tokens(found.table.length)} tokens: {documents}",
         ("configuration", "S measured*", name, "accuracy*", "on the frontier*", "mark"),
         rows,
-        "; ".join(x for x in (found.note, note) if x),
+        "; ".join(x for x in (found.note, OF_DOCUMENTS, note) if x),
     )
 
 
