@@ -126,7 +126,9 @@ def overhead_sheet(found: Sequence[Overhead]) -> Sheet:
     return Sheet("overhead", "Where the time goes at short context", columns, rows, note)
 
 
-OF_DOCUMENTS = "intervals are over documents: how far another training of a checkpoint would be is not in them"
+OF_DOCUMENTS = (
+    "intervals are over documents: how far another training of a checkpoint would be is not in them"
+)
 
 
 def pareto_sheet(found: Pareto) -> Sheet:
