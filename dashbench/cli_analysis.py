@@ -18,6 +18,7 @@ Stores = Annotated[list[Path], typer.Argument(help="results files or folders", m
 Environment = Annotated[
     str | None, typer.Option(help="key of the environment, where stores hold several", metavar="KEY")
 ]
+Only = Annotated[str | None, typer.Option(help="show these methods only, comma-separated", metavar="M1,M2")]
 Figures = Annotated[Path | None, typer.Option(help="also draw figures into this folder", metavar="DIR")]
 
 
@@ -48,6 +49,11 @@ def _sentences() -> Iterator[None]:
         yield
     except (AnalysisError, StoreError, SuiteError) as problem:
         stop(str(problem))
+
+
+def _names(only: str | None) -> list[str] | None:
+    """`dash, nsa` -> [`dash`, `nsa`]."""
+    return None if only is None else [name.strip() for name in only.split(",") if name.strip()]
 
 
 def _tokens(option: str, text: str) -> int:
@@ -104,18 +110,20 @@ def pareto(
 def overhead(
     stores: Stores,
     longest: Annotated[str, typer.Option(help="up to this context", metavar="TOKENS")] = "16k",
+    only: Only = None,
     out: Figures = None,
 ) -> None:
     """Show where the time goes at short context, and what would have to go to break even with dense."""
     from dashbench.readouts import print_overheads
 
     with _sentences():
-        print_overheads(stores, _tokens("--longest", longest), out)
+        print_overheads(stores, _tokens("--longest", longest), out, _names(only))
 
 
 @analysis.command()
 def crossover(
     stores: Stores,
+    only: Only = None,
     refine: Annotated[
         Path | None,
         typer.Option(help="measure more lengths of this suite near the crossovers", metavar="SUITE"),
@@ -132,7 +140,7 @@ def crossover(
             from dashbench.refine import refine_suite
 
             stores = [*stores, refine_suite(stores, refine, out)]
-        print_crossovers(stores)
+        print_crossovers(stores, _names(only))
 
 
 @analysis.command()
@@ -144,6 +152,7 @@ def compare(
         typer.Option(help="compare the rows of two commits in A instead of two stores", metavar="OLD..NEW"),
     ] = None,
     threshold: Annotated[float, typer.Option(help="relative difference that nobody cares about")] = 0.02,
+    only: Only = None,
     fail_on: Annotated[
         str | None, typer.Option(help="`slower`: exit code 1 if any point is", metavar="slower")
     ] = None,
@@ -159,7 +168,7 @@ def compare(
     if after is None and pair is None:
         stop("compare: give a second store, or --commits OLD..NEW")
     with _sentences():
-        counts = print_comparison(before, after, pair, threshold)
+        counts = print_comparison(before, after, pair, threshold, _names(only))
     if fail_on and counts["SLOWER"]:
         raise typer.Exit(1)
 

@@ -46,27 +46,44 @@ def _no_pairs(rows: list[dict[str, Any]]) -> StoreError:
     return StoreError("no sparse method has a dense row beside it: both are needed in one environment")
 
 
-def print_crossovers(stores: list[Path]) -> None:
-    """From which context each sparse method beats the best dense one.
+def _chosen(rows: list[dict[str, Any]], only: list[str] | None) -> set[str]:
+    """The methods asked for, all of the rows' by default.
+
+    Raises:
+        StoreError: a method has no rows.
+    """
+    have = {r["method"] for r in rows}
+    for name in only or ():
+        if name not in have:
+            raise StoreError(f"--only: no rows of {name!r}; there are {', '.join(sorted(have))}")
+    return set(only) if only else have
+
+
+def print_crossovers(stores: list[Path], only: list[str] | None = None) -> None:
+    """From which context each sparse method, or each of `only`, beats the best dense one.
 
     Raises:
         StoreError: no rows, or no sparse row with a dense row beside it.
     """
     rows = load(stores)
-    found = crossovers(rows)
+    chosen = _chosen(rows, only)
+    found = [c for c in crossovers(rows) if c.line.method in chosen]
     if not found:
         raise _no_pairs(rows)
     print_sheet(sheets.crossover_sheet(found, speedups(rows)), titled=False)
 
 
-def print_overheads(stores: list[Path], longest: int, out: Path | None) -> None:
-    """Where the time goes at short context.
+def print_overheads(
+    stores: list[Path], longest: int, out: Path | None, only: list[str] | None = None
+) -> None:
+    """Where the time goes at short context, of all methods or of `only`.
 
     Raises:
         StoreError: no rows, or none with stages and a dense row beside it.
     """
     rows = load(stores)
-    found = overheads(rows, longest)
+    chosen = _chosen(rows, only)
+    found = [o for o in overheads(rows, longest) if o.row["method"] in chosen]
     if not found:
         if speedups(rows):
             raise StoreError(
@@ -169,10 +186,14 @@ def _of_commit(rows: list[dict[str, Any]], commit: str) -> list[dict[str, Any]]:
 
 
 def print_comparison(
-    before: Path, after: Path | None = None, commits: tuple[str, str] | None = None, threshold: float = 0.02
+    before: Path,
+    after: Path | None = None,
+    commits: tuple[str, str] | None = None,
+    threshold: float = 0.02,
+    only: list[str] | None = None,
 ) -> Counter:
-    """Point by point, which of two stores, or of two commits in one store, is faster; returns how often each
-    verdict was given.
+    """Point by point, which of two stores, or of two commits in one store, is faster, of all methods or of
+    `only`; returns how often each verdict was given.
 
     Raises:
         StoreError: no rows, or no point finished in both.
@@ -185,7 +206,8 @@ def print_comparison(
     else:
         first, second = load([before]), load([after])
         names = [str(before), str(after)]
-    found = compare(first, second, threshold)
+    chosen = _chosen(first, only)
+    found = compare([r for r in first if r["method"] in chosen], second, threshold)
     if not found:
         raise StoreError(f"no point is finished in both {names[0]} and {names[1]}")
     print_sheet(sheets.comparison_sheet(found), titled=False)

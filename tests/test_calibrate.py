@@ -64,8 +64,9 @@ def budget(problem, top_k, window=0):
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.floats(0.05, 0.95), st.floats(0.02, 50))
+@given(st.floats(0.05, 0.95), st.floats(0.02, 30))
 def test_bisection_reaches_any_target_inside_the_range(target, middle):
+    """With a middle of 30 the largest knob there is, 1000, leaves 4.9 % of the tokens."""
     soft = Soft(middle)
     knobs, found = find_knobs(BISECT, point(target), problem(), soft)
     assert abs(measured(found, problem()) - target) <= 0.0026

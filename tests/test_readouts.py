@@ -60,6 +60,17 @@ def test_compare_finds_what_changed_and_can_fail(changed):
     assert same.exit_code == 0 and "SLOWER" not in same.stdout
 
 
+@pytest.mark.parametrize("verb", ["crossover", "overhead", "compare"])
+def test_methods_can_be_chosen(verb, changed):
+    stores = changed if verb == "compare" else [H200.parent / "nvidia-h100" / "sparsity.jsonl.gz"]
+    methods = {"compare": ("fa3", "dash")}.get(verb, ("infllmv2", "dash"))
+    whole, some = dashbench(verb, *stores), dashbench(verb, *stores, "--only", methods[0])
+    assert some.exit_code == 0 and methods[0] in some.stdout and f"{methods[1]} " not in some.stdout
+    assert f"{methods[1]} " in whole.stdout
+    missing = dashbench(verb, *stores, "--only", "dahs")
+    assert missing.exit_code == 2 and "--only: no rows of 'dahs'; there are " in missing.output
+
+
 def test_figures_are_drawn_again_byte_for_byte(tmp_path):
     for folder in ("a", "b"):
         assert dashbench("figures", H200 / "prefill.jsonl.gz", "--out", tmp_path / folder).exit_code == 0
