@@ -142,3 +142,16 @@ def test_a_row_is_held_against_the_dense_rows_of_its_own_suite():
     assert found["dash"] == pytest.approx(2, rel=0.02), "not against the other day's"
     assert found["nsa"] == pytest.approx(1, rel=0.02)
     assert found["infllmv2"] == pytest.approx(1, rel=0.02), "the fastest there is, without any of its own"
+
+
+def test_a_dense_method_that_a_suite_left_out_counts_by_the_others():
+    """Two suites measured FlashAttention-3 at one setting, one of them cuDNN."""
+
+    def dense(suite, **times):
+        return [row(m.replace("_", "@"), 4096, [t] * 9, suite=f"{suite}@0") for m, t in times.items()]
+
+    other = dense("other", fa3=0.7, dense_cudnn=0.5)
+    mine = row("dash", 4096, [0.25] * 9, suite="own@0")
+    for own, best in (({"fa3": 1.0}, 0.5), ({"fa3": 1.0, "dense_cudnn": 0.6}, 0.6), ({"fa3": 0.4}, 0.4)):
+        ((point,),) = speedups([*other, *dense("own", **own), mine]).values()
+        assert point.ratio.value == pytest.approx(best / 0.25)

@@ -145,8 +145,8 @@ class DenseRows:
     """The fastest dense rows: what speedups are over.
 
     Dense kernels do the same work whatever the inputs, so rows of any routing count. Runs of different days
-    differ by more than their intervals say (clocks, power), so a row is held against the dense rows of its
-    own suite where that measured some.
+    differ by more than their intervals say (clocks, power), so of each dense method the row of the sparse
+    row's own suite counts where there is one; a method that this suite left out counts by the others' rows.
 
     Args:
         rows: stored rows of any kind.
@@ -154,20 +154,25 @@ class DenseRows:
 
     def __init__(self, rows: Iterable[dict[str, Any]]):
         self.fastest: dict[Setting, dict[str, Any]] = {}
-        self._of_suite: dict[tuple[Setting, str], dict[str, Any]] = {}
+        self._methods: dict[Setting, dict[str, dict[str, Any]]] = defaultdict(dict)
+        self._of_suite: dict[tuple[Setting, str], dict[str, dict[str, Any]]] = defaultdict(dict)
         for row in finished(rows):
             if is_dense(row):
-                for held, place in ((self.fastest, setting(row)), (self._of_suite, _in_suite(row))):
-                    if place not in held or row["latency_ms"] < held[place]["latency_ms"]:
-                        held[place] = row
+                place = setting(row)
+                _keep_faster(self.fastest, place, row)
+                _keep_faster(self._methods[place], row["method"], row)
+                _keep_faster(self._of_suite[place, suite_name(row)], row["method"], row)
 
     def beside(self, row: dict[str, Any]) -> dict[str, Any] | None:
         """The fastest dense row of the same setting, or None."""
-        return self._of_suite.get(_in_suite(row)) or self.fastest.get(setting(row))
+        place = setting(row)
+        found = {**self._methods.get(place, {}), **self._of_suite.get((place, suite_name(row)), {})}
+        return min(found.values(), key=lambda r: (r["latency_ms"], r["key"]), default=None)
 
 
-def _in_suite(row: dict[str, Any]) -> tuple[Setting, str]:
-    return setting(row), suite_name(row)
+def _keep_faster(held: dict[Any, dict[str, Any]], place: Any, row: dict[str, Any]) -> None:
+    if place not in held or row["latency_ms"] < held[place]["latency_ms"]:
+        held[place] = row
 
 
 def lines(rows: Iterable[dict[str, Any]]) -> dict[Line, list[dict[str, Any]]]:

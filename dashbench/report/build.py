@@ -241,7 +241,8 @@ def build(
         sections.append(
             {
                 "chart": charts.speedup_chart(points),
-                "note": "Against the fastest dense kernel of the same suite; bars are 95 % intervals.",
+                "note": "Against the fastest dense kernel, of the same suite if it is there; "
+                "bars are 95 % intervals.",
                 "sheets": [sheets.crossover_sheet(crossing, points), sheets.speedup_sheet(points)],
             }
         )
