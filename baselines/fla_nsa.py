@@ -34,7 +34,7 @@ from dashbench.baselines.api import Operator, Problem, Unsupported
 from dashbench.baselines.attention_reference import kept_tokens, row_slices, small_enough_for_gradients
 from dashbench.baselines.block_selection import Windows
 from dashbench.baselines.block_sparse_reference import block_count, bytes_per_row
-from dashbench.baselines.nsa_reference import Nsa, NsaSettings, clamp_top_k
+from dashbench.baselines.nsa_reference import Nsa, NsaSettings, clamp_top_k, gradients_beside_gates
 
 FORCED = 3
 """The library forces the first block, the own one and the one before it."""
@@ -219,9 +219,8 @@ def _train(problem: Problem, method: Nsa, notes: dict) -> Operator:
             *leaves, gates[..., 0].contiguous(), gates[..., 1].contiguous(),
             block_counts=counts, block_size=problem.block_size, scale=problem.scale,
         )  # fmt: skip
-        by_scores, *others, by_gates = torch.autograd.grad(output, (*leaves, source), grad_output)
-        new = (by_scores + by_gates, *others, by_scores)
-        grads.update({name: x.transpose(1, 2) for name, x in zip((*names, "by scores"), new, strict=True)})
+        new = gradients_beside_gates(output, leaves, source, grad_output)
+        grads.update({name: x.transpose(1, 2) for name, x in new.items()})
         return output.detach().transpose(1, 2)
 
     shared = _shared(problem, method, lambda: _pooled_selection(problem, method))
@@ -239,7 +238,7 @@ def _train(problem: Problem, method: Nsa, notes: dict) -> Operator:
     return Operator(
         run=run,
         gradients=lambda: {name: grads[name] for name in names},
-        score_gradient=lambda: grads["by scores"],
+        score_gradient=lambda: grads["query by scores"],
         reference_gradients=reference_gradients if small_enough_for_gradients(problem) else None,
         notes=notes,
         **shared,

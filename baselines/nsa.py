@@ -24,7 +24,13 @@ import torch
 from dashbench.baselines.api import Operator, Problem, Unsupported
 from dashbench.baselines.attention_reference import small_enough_for_gradients
 from dashbench.baselines.nsa_compression import compress
-from dashbench.baselines.nsa_reference import PRESETS, Nsa, NsaSettings, settings_for
+from dashbench.baselines.nsa_reference import (
+    PRESETS,
+    Nsa,
+    NsaSettings,
+    gradients_beside_gates,
+    settings_for,
+)
 from dashbench.baselines.selected_blocks import (
     CompressedCache,
     blocks_of_lists,
@@ -263,15 +269,13 @@ def _sequence(problem: Problem, method: Nsa, settings, choice: BlockChoice, note
             f"gradients of compression {settings.compression!r} cannot be checked at {key.shape[2]} tokens"
         )
     leaves = [x.detach().clone().requires_grad_() for x in (query, key, value)]
-    # The gates' own leaf: autograd would add its gradient to the queries', here it is done by hand.
-    source = leaves[0].detach().clone().requires_grad_()
+    source = leaves[0].detach().clone().requires_grad_()  # the gates' own leaf
     grads: dict[str, torch.Tensor] = {}
 
     def run_train() -> torch.Tensor:
         live = method.gates(source).to(query.dtype)
         out = nsa_attention(*leaves, live, **function)
-        new = torch.autograd.grad(out, (*leaves, source), problem.grad_output)
-        grads.update(zip((*NAMES, "by scores"), (new[0] + new[3], *new[1:3], new[0]), strict=True))
+        grads.update(gradients_beside_gates(out, leaves, source, problem.grad_output))
         return out.detach()
 
     def exact_gradients() -> dict[str, torch.Tensor]:
@@ -285,7 +289,7 @@ def _sequence(problem: Problem, method: Nsa, settings, choice: BlockChoice, note
     return Operator(
         run=run_train,
         gradients=lambda: {name: grads[name] for name in NAMES},
-        score_gradient=lambda: grads["by scores"],
+        score_gradient=lambda: grads["query by scores"],
         reference_gradients=exact_gradients if small else None,
         **shared,
     )

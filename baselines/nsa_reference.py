@@ -43,6 +43,7 @@ Debts to the paper:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -273,6 +274,24 @@ def settings_for(
     return replace(
         settings, top_k=clamp_top_k(settings.top_k, settings.init_blocks + settings.local_blocks, problem)
     )
+
+
+def gradients_beside_gates(
+    output: torch.Tensor,
+    leaves: Sequence[torch.Tensor],
+    source: torch.Tensor,
+    grad_output: torch.Tensor,
+) -> dict[str, torch.Tensor]:
+    """Gradients of an output whose gates were made of `source`, a copy of the queries: `query` in all, `key`,
+    `value`, and `query by scores` without what comes through the gates (autograd would add the two).
+
+    Args:
+        output, grad_output: of one shape.
+        leaves: queries, keys and values.
+        source: of the shape of the queries.
+    """
+    by_scores, key, value, by_gates = torch.autograd.grad(output, (*leaves, source), grad_output)
+    return {"query": by_scores + by_gates, "key": key, "value": value, "query by scores": by_scores}
 
 
 def clamp_top_k(top_k: int, forced: int, problem: Problem) -> int:

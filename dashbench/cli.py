@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from dashbench.cli_analysis import analysis
-from dashbench.cli_common import stop
+from dashbench.cli_common import listed, stop
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -41,7 +41,7 @@ def _load(path: Path):
 def _only(suite, only: str | None) -> list[str] | None:
     if only is None:
         return None
-    names = [name.strip() for name in only.split(",") if name.strip()]
+    names = listed(only)
     known = {point.method for point in suite.points()}
     if not names:
         stop(f"--only: expected methods of the suite: {', '.join(sorted(known))}")

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from dashbench.cli_common import stop
+from dashbench.cli_common import listed, stop
 
 analysis = typer.Typer()
 Stores = Annotated[list[Path], typer.Argument(help="results files or folders", metavar="STORE...")]
@@ -49,11 +49,6 @@ def _sentences() -> Iterator[None]:
         yield
     except (AnalysisError, StoreError, SuiteError) as problem:
         stop(str(problem))
-
-
-def _names(only: str | None) -> list[str] | None:
-    """`dash, nsa` -> [`dash`, `nsa`]."""
-    return None if only is None else [name.strip() for name in only.split(",") if name.strip()]
 
 
 def _tokens(option: str, text: str) -> int:
@@ -117,7 +112,7 @@ def overhead(
     from dashbench.readouts import print_overheads
 
     with _sentences():
-        print_overheads(stores, _tokens("--longest", longest), out, _names(only))
+        print_overheads(stores, _tokens("--longest", longest), out, listed(only))
 
 
 @analysis.command()
@@ -140,7 +135,7 @@ def crossover(
             from dashbench.refine import refine_suite
 
             stores = [*stores, refine_suite(stores, refine, out)]
-        print_crossovers(stores, _names(only))
+        print_crossovers(stores, listed(only))
 
 
 @analysis.command()
@@ -168,7 +163,7 @@ def compare(
     if after is None and pair is None:
         stop("compare: give a second store, or --commits OLD..NEW")
     with _sentences():
-        counts = print_comparison(before, after, pair, threshold, _names(only))
+        counts = print_comparison(before, after, pair, threshold, listed(only))
     if fail_on and counts["SLOWER"]:
         raise typer.Exit(1)
 

@@ -53,13 +53,13 @@ class _Reading:
     Attributes:
         times: ms of each timed reading.
         found: sparsity of the prompt's queries.
-        peak: most bytes beyond the weights so far, on a GPU.
+        before: bytes allocated when it began, on a GPU.
         sequences, token: what holds the prompt and the steps so far, and the last token.
     """
 
     times: list[float]
     found: dict[str, Any]
-    peak: int | None
+    before: int | None
     sequences: Any
     token: Any
 
@@ -156,22 +156,19 @@ class Bench:
             self.reading = self.read(point)
         reading = self.reading
         times, found = reading.times, reading.found
-        decode = None
         if point.launch == "graph":
             between = _graph_steps(model, reading.sequences, reading.token, point.new_tokens)
         else:
             between, reading.token = _eager_steps(
                 model, reading.sequences, reading.token, point.new_tokens, cuda
             )
-        if cuda:
-            reading.peak = max(reading.peak, torch.cuda.max_memory_allocated() - self.before)
         fields = {
             "ttft_ms": statistics.median(times), "ttft_samples": times,
             "itl_ms": statistics.median(between), "itl_samples": between,
             "itl_p90_ms": _quantile(between, 0.9), "itl_p99_ms": _quantile(between, 0.99),
-            "tokens_per_s": 1e3 * point.batch / statistics.median(between), "s_decode": decode,
+            "tokens_per_s": 1e3 * point.batch / statistics.median(between),
             "s_flop": found["s_flop"], "s_mean": found["s_mean"], "s_up": found["s_up"],
-            "peak_bytes": reading.peak,
+            "peak_bytes": torch.cuda.max_memory_allocated() - reading.before if cuda else None,
             "layers": model.config.num_hidden_layers,
             "rows_at_once": rows_at_once(point.batch, point.context),
         }  # fmt: skip
@@ -188,9 +185,10 @@ class Bench:
         shape = point.batch, point.context
         prompt = torch.randint(3, min(256, model.config.vocab_size), shape, generator=generator)
         prompt = prompt.to(self.device)
+        before = None
         if cuda:
             torch.cuda.reset_peak_memory_stats()
-            self.before = torch.cuda.memory_allocated()
+            before = torch.cuda.memory_allocated()
         # Behind the eager steps a captured one has a place of its own.
         capacity = point.context + point.new_tokens + 1
         times: list[float] = []
@@ -210,8 +208,7 @@ class Bench:
             if sum(times) > ENOUGH_MS:
                 break
         sequences.counting = False
-        peak = torch.cuda.max_memory_allocated() - self.before if cuda else None
-        return _Reading(times, found, peak, sequences, token)
+        return _Reading(times, found, before, sequences, token)
 
     def predictions(self, point: LatencyPoint, fields: dict[str, Any]) -> dict[str, Any]:
         """What the kernel rows say that attention takes, and what is left."""

@@ -306,7 +306,6 @@ class BlockDecodeStep:
         splits: programs that share a group's blocks; None fills the device twice.
         overlap: launch each kernel before the previous one has drained (capability 9.0 and later).
         stages: of the attend loop's pipeline; None takes what leaves room for a second program beside one.
-        band_stages: of the loop over compressed keys and the window.
 
     Raises:
         ValueError: an unsupported shape, named.
@@ -328,7 +327,6 @@ class BlockDecodeStep:
         splits: int | None = None,
         overlap: bool = False,
         stages: int | None = None,
-        band_stages: int = 3,
     ):
         batch, heads, new_tokens, dim = query.shape
         kv_heads, capacity = key.shape[1], key.shape[2]
@@ -345,7 +343,7 @@ class BlockDecodeStep:
         self.compressed_key, self.compressed_value = compressed_key, compressed_value
         self.coarse_key, self.choice, self.window, self.gates = coarse_key, choice, window, gates
         self.tile = max(64, choice.block_size)
-        self.overlap, self.band_stages = overlap, band_stages
+        self.overlap = overlap
         self.stages = stages or _stages(4 * self.tile * dim, query.device)
         self.group, self.kv_heads, self.new_tokens, self.dim = heads // kv_heads, kv_heads, new_tokens, dim
         self.rows, self.scale = batch * new_tokens, dim**-0.5
@@ -388,7 +386,7 @@ class BlockDecodeStep:
             self.query.stride()[:3], key.stride()[:3], (key if value is None else value).stride()[:3],
             self.new_tokens, key.shape[2], band.window, self.scale * LOG2_E,
             G=self.group, ROWS=_rows(self.group), D=self.dim, KERNEL=band.kernel, STRIDE=band.stride,
-            BLOCK=64, STAGES=self.band_stages, WINDOW=band.window > 0, VALUES=value is not None,
+            BLOCK=64, STAGES=3, WINDOW=band.window > 0, VALUES=value is not None,
             LOGITS=keep_logits, num_warps=4, **self._common(),
         )  # fmt: skip
 

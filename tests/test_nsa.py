@@ -88,8 +88,11 @@ def test_backends_agree_with_gradients_of_everything(name, branches):
             **settings,
         )  # fmt: skip
         results.append([out, active.to(torch.int64), *torch.autograd.grad(out, leaves, given.grad_output)])
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=2e-4, atol=4e-5)
+    names = ["output", "active", "query", "key", "value", "gates", *weights]
+    for name, a, b in zip(names, *results, strict=True):
+        # The last bias's gradient sums over everything and cancels to 1e-5: it is rounded as its terms are.
+        loose = 2 if name == "second_bias" else 1
+        torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-5 * loose)
 
 
 def test_gradients_of_long_contexts_are_judged_without_the_gates(monkeypatch):

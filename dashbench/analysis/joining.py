@@ -58,7 +58,8 @@ class KernelCosts:
         }
         self.way = next((w for w in TIMING_PREFERENCE if w in ways), None)
         mine = [r for r in mine if (r["cache"], r["launch"]) == self.way]
-        self.dense = {s.context: r for s, r in DenseRows(mine).fastest.items()}
+        dense = DenseRows(mine)
+        self.dense = {s.context: dense.at(s) for s in dense.settings()}
         self.sparse: dict[str, dict[int, dict[float, dict[str, Any]]]] = defaultdict(
             lambda: defaultdict(dict)
         )

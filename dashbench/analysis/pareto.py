@@ -202,21 +202,16 @@ def _readout(method: str, question: str, at: str, value: float, values: np.ndarr
 def _read_off(axis: Axis, table: Scores, cost: np.ndarray, accuracy: np.ndarray) -> list[Readout]:
     """Read-outs from draws whose first row is the point estimate."""
     out: list[Readout] = []
-    methods = sorted({c.method for c in table.configurations})
     # A knob moves along one checkpoint's curve, not from a checkpoint to another; a method's answer is that
     # of its best one.
-    curves: dict[str, list[list[int]]] = {}
-    for m in methods:
-        mine = [i for i, c in enumerate(table.configurations) if c.method == m]
-        by_checkpoint: dict[str, list[int]] = {}
-        for i in mine:
-            by_checkpoint.setdefault(table.configurations[i].checkpoint, []).append(i)
-        curves[m] = list(by_checkpoint.values())
-    sparse = [m for m in methods if m != "dense"]
+    curves: dict[str, dict[str, list[int]]] = {}
+    for i, c in enumerate(table.configurations):
+        curves.setdefault(c.method, {}).setdefault(c.checkpoint, []).append(i)
+    sparse = sorted(curves.keys() - {"dense"})
 
     def most(m: str, x: np.ndarray, at: float) -> np.ndarray:
         """Highest accuracy of the method's curves at `x` = `at`."""
-        found = [_interpolated(x[:, curve], accuracy[:, curve], at) for curve in curves[m]]
+        found = [_interpolated(x[:, curve], accuracy[:, curve], at) for curve in curves[m].values()]
         return np.fmax.reduce(found)
 
     if axis == "sparsity":
@@ -228,10 +223,10 @@ def _read_off(axis: Axis, table: Scores, cost: np.ndarray, accuracy: np.ndarray)
                     out.append(_readout(m, "accuracy at equal sparsity", at, values[0], values[1:]))
     if "dense" not in curves:
         return out
-    dense = curves["dense"][0][0]
+    dense = next(iter(curves["dense"].values()))[0]
     floor = accuracy[:, dense] - ALLOWED_LOSS
     for m in sparse:
-        cheapest = [_cheapest(cost[:, curve], accuracy[:, curve], floor) for curve in curves[m]]
+        cheapest = [_cheapest(cost[:, curve], accuracy[:, curve], floor) for curve in curves[m].values()]
         values = cost[:, dense] / np.fmin.reduce(cheapest)
         question = {
             "latency": "speedup at equal accuracy",

@@ -153,26 +153,27 @@ class DenseRows:
     """
 
     def __init__(self, rows: Iterable[dict[str, Any]]):
-        self.fastest: dict[Setting, dict[str, Any]] = {}
         self._methods: dict[Setting, dict[str, dict[str, Any]]] = defaultdict(dict)
         self._of_suite: dict[tuple[Setting, str], dict[str, dict[str, Any]]] = defaultdict(dict)
         for row in finished(rows):
             if is_dense(row):
-                place = setting(row)
-                _keep_faster(self.fastest, place, row)
-                _keep_faster(self._methods[place], row["method"], row)
-                _keep_faster(self._of_suite[place, suite_name(row)], row["method"], row)
+                place, method = setting(row), row["method"]
+                for held in (self._methods[place], self._of_suite[place, suite_name(row)]):
+                    if method not in held or row["latency_ms"] < held[method]["latency_ms"]:
+                        held[method] = row
 
-    def beside(self, row: dict[str, Any]) -> dict[str, Any] | None:
-        """The fastest dense row of the same setting, or None."""
-        place = setting(row)
-        found = {**self._methods.get(place, {}), **self._of_suite.get((place, suite_name(row)), {})}
+    def at(self, place: Setting, suite: str | None = None) -> dict[str, Any] | None:
+        """The fastest dense row of a setting, of a suite's own where it has some, or None."""
+        found = {**self._methods.get(place, {}), **self._of_suite.get((place, suite), {})}
         return min(found.values(), key=lambda r: (r["latency_ms"], r["key"]), default=None)
 
+    def beside(self, row: dict[str, Any]) -> dict[str, Any] | None:
+        """The dense row that a row is held against, or None."""
+        return self.at(setting(row), suite_name(row))
 
-def _keep_faster(held: dict[Any, dict[str, Any]], place: Any, row: dict[str, Any]) -> None:
-    if place not in held or row["latency_ms"] < held[place]["latency_ms"]:
-        held[place] = row
+    def settings(self) -> list[Setting]:
+        """Where there are dense rows."""
+        return list(self._methods)
 
 
 def lines(rows: Iterable[dict[str, Any]]) -> dict[Line, list[dict[str, Any]]]:
