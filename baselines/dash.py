@@ -68,7 +68,7 @@ def prepare(
         "options": given,
         "tile": routes.tile,
         "path": "sparse",
-        "kernel": kernel_for(problem.query, problem.key, routes),
+        "kernel": kernel_for(problem.query, problem.key, problem.value, routes),
     }
     summaries = summarize_chunks(problem.key, problem.summary_query, chunk)
 

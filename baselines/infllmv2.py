@@ -214,7 +214,7 @@ def _sequence(problem: Problem, method: InfLLMv2, settings, choice: BlockChoice,
         fine, coarse = compressed_keys(key, settings, block)
         mask, active = select(query, fine, coarse, choice)
         routes = routes_of_mask(mask, block, group)
-    notes |= {"tile": routes.tile, "kernel": kernel_for(query, key, routes)}
+    notes |= {"tile": routes.tile, "kernel": kernel_for(query, key, value, routes)}
 
     def selected(rows: torch.Tensor) -> torch.Tensor:
         rows = rows.to(query.device)

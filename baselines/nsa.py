@@ -3,8 +3,8 @@
 Paper: https://arxiv.org/abs/2502.11089; the specification, its settings and presets are `nsa_reference`'s.
 Compressed attention writes its output and its softmax denominators, from which importance goes straight to
 block scores and to the choice, all on the device; the chosen blocks are attended by the same kernel as
-DashAttention's; a sliding window and the gates' sum have kernels of their own. Any number of blocks up to
-all, any length up to 2^19 tokens at blocks of 64.
+DashAttention's; a sliding window has one of its own. Without gradients each branch's kernel adds its gated
+output to the sum. Any number of blocks up to all, any length up to 2^19 tokens at blocks of 64.
 
 Timed in prefill and training: compression, compressed attention, selection, selected attention, the window
 where there is one, the gated sum; from q, k, v as a model has them after RoPE, and in prefill and decode from
@@ -149,13 +149,23 @@ def _attend(
     if new < length:
         step = _step(problem, compressed_key, compressed_value, choice, window, gates)
         return step.run(), step.counts.transpose(1, 2)
-    out, lse = band_attention(query, compressed_key, compressed_value, Band(2 * stride, stride))
+    band, group = Band(2 * stride, stride), query.shape[1] // key.shape[1]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, gates)):
+        out, lse = band_attention(query, compressed_key, compressed_value, band)
+        mask, active = select(query, compressed_key, lse, choice)
+        outputs = [out, block_sparse_attention(query, key, value, routes_of_mask(mask, block, group))[0]]
+        if window:
+            outputs.append(band_attention(query, key, value, Band(window=window))[0])
+        return gated_sum(gates, *outputs), active
+    # Without gradients nobody needs the branches one by one: each adds its share to one output.
+    gate = gates.unbind(-1)
+    out, lse = band_attention(query, compressed_key, compressed_value, band, gate=gate[0])
     mask, active = select(query, compressed_key, lse, choice)
-    routes = routes_of_mask(mask, block, query.shape[1] // key.shape[1])
-    outputs = [out, block_sparse_attention(query, key, value, routes)[0]]
+    routes = routes_of_mask(mask, block, group)
+    block_sparse_attention(query, key, value, routes, gate=gate[1], onto=out)
     if window:
-        outputs.append(band_attention(query, key, value, Band(window=window))[0])
-    return gated_sum(gates, *outputs), active
+        band_attention(query, key, value, Band(window=window), gate=gate[2], onto=out)
+    return out, active
 
 
 def _step(problem: Problem, compressed_key, compressed_value, choice, window: int, gates, **launch):
@@ -228,7 +238,7 @@ def _sequence(problem: Problem, method: Nsa, settings, choice: BlockChoice, note
         lse = band_attention(query, *compressed, band)[1]
         mask, active = select(query, compressed[0], lse, choice)
         routes = routes_of_mask(mask, block, group)
-    notes |= {"tile": routes.tile, "kernel": kernel_for(query, key, routes)}
+    notes |= {"tile": routes.tile, "kernel": kernel_for(query, key, value, routes)}
 
     def selected(rows: torch.Tensor) -> torch.Tensor:
         rows = rows.to(query.device)
@@ -250,17 +260,16 @@ def _sequence(problem: Problem, method: Nsa, settings, choice: BlockChoice, note
         def run() -> torch.Tensor:
             return nsa_attention(query, key, value, gates, **function)
 
-        attended = block_sparse_attention(query, key, value, routes)[0]
-        outputs = [attended] * (3 if method.window else 2)
+        gate, out = gates.unbind(-1), torch.zeros_like(query)
         stages = {
             "compress": lambda: _compressed(problem, settings, weights),
-            "compressed": lambda: band_attention(query, *compressed, band),
+            "compressed": lambda: band_attention(query, *compressed, band, gate=gate[0]),
             "select": lambda: routes_of_mask(select(query, compressed[0], lse, choice)[0], block, group),
-            "attend": lambda: block_sparse_attention(query, key, value, routes)[0],
+            "attend": lambda: block_sparse_attention(query, key, value, routes, gate=gate[1], onto=out),
         }
         if method.window:
-            stages["window"] = lambda: band_attention(query, key, value, Band(window=method.window))[0]
-        stages["combine"] = lambda: gated_sum(gates, *outputs)
+            slide = Band(window=method.window)
+            stages["window"] = lambda: band_attention(query, key, value, slide, gate=gate[2], onto=out)
         return Operator(run=run, stages=stages, **shared)
 
     small = small_enough_for_gradients(problem)

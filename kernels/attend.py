@@ -22,6 +22,7 @@ import triton.language as tl
 
 from dashbench.kernels.backward import with_gradients
 from dashbench.kernels.backward_lists import list_capacity, tile_list_start, tile_lists
+from dashbench.kernels.gated_sum import gated_onto, no_gradients_beside_gates
 from dashbench.kernels.route import Routes, tile_size
 from dashbench.kernels.tuning import choose, setting_of
 
@@ -45,12 +46,12 @@ def _online_softmax_step(scores, values, chosen, peak, total, accumulator):
 
 @triton.jit(do_not_specialize=["tokens", "tiles", "capacity"])
 def _attend_kernel(
-    query, key, value, out, lse, entries, counts, bias, padding,
+    query, key, value, out, lse, entries, counts, bias, padding, gate,
     query_stride_b, query_stride_h, query_stride_n, key_stride_b, key_stride_h, key_stride_n,
     value_stride_b, value_stride_h, value_stride_n, out_stride_b, out_stride_h, out_stride_n,
-    tokens, tiles, capacity, kv_heads, scale_log2,
+    gate_stride_b, gate_stride_h, gate_stride_n, tokens, tiles, capacity, kv_heads, scale_log2,
     GROUP: tl.constexpr, HEADS: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, HEAD_DIM: tl.constexpr,
-    PADDED: tl.constexpr, BIAS: tl.constexpr,
+    PADDED: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, ONTO: tl.constexpr,
 ):  # fmt: skip
     """One program a tile and KV head; late tiles, which have the longest lists, first."""
     index = tl.program_id(0) % (tl.num_programs(0) // tiles)
@@ -118,7 +119,14 @@ def _attend_kernel(
     out_offset = (
         batch * out_stride_b + (kv_head * GROUP + head) * out_stride_h + position.to(tl.int64) * out_stride_n
     )
-    tl.store(out + out_offset[:, None] + dim[None, :], result.to(out.dtype.element_ty), mask=real[:, None])
+    target = out + out_offset[:, None] + dim[None, :]
+    gate_offset = (
+        batch * gate_stride_b
+        + (kv_head * GROUP + head) * gate_stride_h
+        + position.to(tl.int64) * gate_stride_n
+    )
+    result = gated_onto(result, gate + gate_offset, target, real, GATED, ONTO)
+    tl.store(target, result.to(out.dtype.element_ty), mask=real[:, None])
     lse_offset = (index.to(tl.int64) * GROUP + head) * tokens + position
     # Natural logarithm. A row of padding attends nothing: its weights would be exp(s − ∞) = 0.
     tl.store(
@@ -144,12 +152,16 @@ def routes_of_mask(mask: torch.Tensor, chunk_size: int, group: int, tile: int | 
 
 
 def kernel_for(
-    query: torch.Tensor, key: torch.Tensor, routes: Routes, left_padding: torch.Tensor | None = None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    routes: Routes,
+    left_padding: torch.Tensor | None = None,
 ) -> str:
     """`hopper` or `portable`: which kernel `block_sparse_attention` runs for these inputs."""
     from dashbench.kernels import attend_hopper
 
-    return "hopper" if attend_hopper.supports(query, key, routes, left_padding) else "portable"
+    return "hopper" if attend_hopper.supports(query, key, value, routes, left_padding) else "portable"
 
 
 def block_sparse_attention(
@@ -159,6 +171,8 @@ def block_sparse_attention(
     routes: Routes,
     *,
     left_padding: torch.Tensor | None = None,
+    gate: torch.Tensor | None = None,
+    onto: torch.Tensor | None = None,
     kernel: str | None = None,
     launch: dict | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -171,6 +185,8 @@ def block_sparse_attention(
         key, value: `[B, Hkv, N, D]`, likewise.
         routes: lists made for the same shape.
         left_padding: `[B]` int32 leading padding tokens, never attended; rows of padding give zeros. Or None.
+        gate: `[B, Hq, N]`, any floating dtype and strides, factors of the output's rows. Or None.
+        onto: like the output; it is added to this tensor, in place, and this tensor returned. Or None.
         kernel: `hopper` or `portable`; default: what `kernel_for` says.
         launch: Triton launch options of the portable kernel; None: what `tuning` knows.
 
@@ -180,7 +196,7 @@ def block_sparse_attention(
 
     Raises:
         ValueError: shapes, head dim (64 or 128) or chunk size (16 to 128, a power of two) that the kernels
-            do not cover; gradients asked for without `routes.mask`.
+            do not cover; gradients asked for without `routes.mask`, or with `gate` or `onto`.
     """
     batch, heads, tokens, dim = query.shape
     kv_heads = key.shape[1]
@@ -188,7 +204,7 @@ def block_sparse_attention(
         raise ValueError(f"{heads} query heads are not a multiple of {kv_heads} KV heads")
     if dim not in (64, 128) or routes.chunk_size not in (16, 32, 64, 128):
         raise ValueError(f"unsupported: head dim {dim}, chunk size {routes.chunk_size}")
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
+    if no_gradients_beside_gates((query, key, value), gate, onto):
         if routes.mask is None:
             raise ValueError(
                 "gradients need the routes' bit mask: make them with save=True or routes_of_mask"
@@ -202,26 +218,28 @@ def block_sparse_attention(
         )
         return out, lse
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-    if (kernel or kernel_for(query, key, routes, left_padding)) == "hopper":
+    if (kernel or kernel_for(query, key, value, routes, left_padding)) == "hopper":
         from dashbench.kernels.attend_hopper import attend_hopper
 
-        return attend_hopper(query, key, value, routes)
+        return attend_hopper(query, key, value, routes, gate, onto)
     group = heads // kv_heads
     tile, chunk_size = routes.tile, routes.chunk_size
     padded_heads = max(triton.next_power_of_2(group), 16 // tile)
     tiles = triton.cdiv(tokens, tile)
-    out = torch.empty_like(query)
+    out = torch.empty_like(query) if onto is None else onto
     lse = torch.empty(batch, heads, tokens, dtype=torch.float32, device=query.device)
     rows = tile * padded_heads
     chosen = choose("attend", setting_of(query, kv_heads, chunk_size)) if launch is None else launch
     _attend_kernel[(tiles * batch * kv_heads,)](
         query, key, value, out, lse, routes.entries, routes.counts,
         routes.bias if routes.bias is not None else lse,
-        left_padding if left_padding is not None else routes.counts,
+        left_padding if left_padding is not None else routes.counts, lse if gate is None else gate,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
+        *((0, 0, 0) if gate is None else gate.stride()),
         tokens, tiles, list_capacity(tokens, chunk_size, tile), kv_heads, dim**-0.5 * LOG2_E,
         GROUP=group, HEADS=padded_heads, TILE=tile, CHUNK=chunk_size, HEAD_DIM=dim,
-        PADDED=left_padding is not None, BIAS=routes.bias is not None,
+        PADDED=left_padding is not None, BIAS=routes.bias is not None, GATED=gate is not None,
+        ONTO=onto is not None,
         **{"num_warps": 8 if rows >= 128 else 4, "num_stages": 2, **chosen},
     )  # fmt: skip
     return out, lse

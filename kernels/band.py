@@ -6,7 +6,8 @@ Key t stands for the tokens `[stride t, stride t + kernel)` and is seen by the q
 2502.11089, equation 7) and the softmax denominator of InfLLMv2's block scores (arXiv 2509.24663); with kernel
 and stride 1 and a window it is sliding-window attention. Without values only the logarithm of the softmax
 denominator is computed. Online softmax in base 2 as in FlashAttention (arXiv 2205.14135); a tile's rows are T
-consecutive queries times the heads of one KV head.
+consecutive queries times the heads of one KV head. On Hopper, where its shapes allow, the kernel is the
+warp-specialised one of `band_hopper`; else this one, which runs on any GPU and in Triton's interpreter.
 
 Letters: B batch, Hq query heads, Hkv KV heads, G = Hq / Hkv, N query rows, L keys of the band, D head dim, T
 queries a tile.
@@ -22,6 +23,7 @@ import triton.language as tl
 
 from dashbench.kernels.backward import _bulk, _rows
 from dashbench.kernels.band_backward import band_gradients
+from dashbench.kernels.gated_sum import gated_onto, no_gradients_beside_gates
 
 LOG2_E = 1.4426950408889634
 
@@ -81,11 +83,12 @@ def _attend_block(
 
 @triton.jit(do_not_specialize=["rows", "count", "start", "tiles", "window"])
 def _band_kernel(
-    query, keys, values, out, lse,
+    query, keys, values, out, lse, gate,
     query_stride_b, query_stride_h, query_stride_n, out_stride_b, out_stride_h, out_stride_n, lse_stride_h,
-    rows, count, start, tiles, kv_heads, window, scale_log2,
+    gate_stride_b, gate_stride_h, gate_stride_n, rows, count, start, tiles, kv_heads, window, scale_log2,
     GROUP: tl.constexpr, HEADS: tl.constexpr, TILE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, WINDOW: tl.constexpr, VALUES: tl.constexpr,
+    GATED: tl.constexpr, ONTO: tl.constexpr,
 ):  # fmt: skip
     """One program a tile and KV head; late tiles, which have most to do, first."""
     index = tl.program_id(0) % (tl.num_programs(0) // tiles)
@@ -147,8 +150,14 @@ def _band_kernel(
             + (kv_head * GROUP + head).to(tl.int64) * out_stride_h
             + n.to(tl.int64) * out_stride_n
         )
-        result = (accumulator / safe[:, None]).to(out.dtype.element_ty)
-        tl.store(out + out_offset[:, None] + dim[None, :], result, mask=real[:, None])
+        target = out + out_offset[:, None] + dim[None, :]
+        gate_offset = (
+            batch.to(tl.int64) * gate_stride_b
+            + (kv_head * GROUP + head).to(tl.int64) * gate_stride_h
+            + n.to(tl.int64) * gate_stride_n
+        )
+        result = gated_onto(accumulator / safe[:, None], gate + gate_offset, target, real, GATED, ONTO)
+        tl.store(target, result.to(out.dtype.element_ty), mask=real[:, None])
 
 
 def _checked(query: torch.Tensor, key: torch.Tensor) -> int:
@@ -163,6 +172,14 @@ def _checked(query: torch.Tensor, key: torch.Tensor) -> int:
     return heads // kv_heads
 
 
+def kernel_for_band(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor | None) -> str:
+    """`hopper` or `portable`: which kernel `band_forward` runs for these inputs."""
+    from dashbench.kernels import hopper
+
+    tile = hopper.CONSUMERS * hopper.ROWS // (query.shape[1] // key.shape[1])
+    return "hopper" if hopper.supports(query, key, key if value is None else value, tile) else "portable"
+
+
 def band_forward(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -170,6 +187,9 @@ def band_forward(
     band: Band,
     start: int = 0,
     lse: torch.Tensor | None = None,
+    gate: torch.Tensor | None = None,
+    onto: torch.Tensor | None = None,
+    kernel: str | None = None,
     launch: dict | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
     """Attention of query rows over the band, without a graph.
@@ -181,8 +201,11 @@ def band_forward(
         band: what is seen.
         start: position of row 0.
         lse: `[B, Hq, N]` fp32 to write, its first two dimensions contiguous over each other; or None.
-        launch: launch options that replace the default ones: ROWS of a tile (queries times heads), BLOCK keys
-            at a time, and Triton's num_warps, num_stages, maxnreg.
+        gate: `[B, Hq, N]`, any floating dtype and strides, factors of the output's rows. Or None.
+        onto: like the output; it is added to this tensor, in place, and this tensor returned. Or None.
+        kernel: `hopper` or `portable`; default: what `kernel_for_band` says.
+        launch: launch options of the portable kernel that replace the default ones: ROWS of a tile (queries
+            times heads), BLOCK keys at a time, and Triton's num_warps, num_stages, maxnreg.
 
     Returns:
         (output like `query`, or None; lse `[B, Hq, N]` fp32, natural logarithm). A row that sees nothing has
@@ -196,24 +219,30 @@ def band_forward(
     kv_heads, count = key.shape[1], key.shape[2]
     if lse is None:
         lse = torch.empty(batch, heads, rows, dtype=torch.float32, device=query.device)
-    out = None if value is None else torch.empty_like(query)
     if count == 0:
         lse.fill_(float("inf"))
-        return (None if out is None else out.zero_()), lse
+        return (None if value is None else onto if onto is not None else torch.zeros_like(query)), lse
+    query = query if query.stride(-1) == 1 else query.contiguous()
+    if (kernel or kernel_for_band(query, key, value)) == "hopper":
+        from dashbench.kernels.band_hopper import band_hopper
+
+        return band_hopper(query, key, value, band, start, lse, gate, onto), lse
     padded = triton.next_power_of_2(group)
     # Two programs a processor: three stages of keys and values would leave shared memory for one alone, more
     # registers likewise (LOG.md, The rivals).
     settings = {"ROWS": 128, "BLOCK": 64, "num_warps": 8, "num_stages": 2, "maxnreg": 128, **(launch or {})}
     tile = max(1, settings.pop("ROWS") // padded)
     tiles = triton.cdiv(rows, tile)
-    query = query if query.stride(-1) == 1 else query.contiguous()
     boxes = [_bulk(_rows(x), [1, 1, settings["BLOCK"], dim]) for x in (key, value) if x is not None]
+    out = None if value is None else torch.empty_like(query) if onto is None else onto
     strides = (0, 0, 0) if out is None else out.stride()[:3]
     _band_kernel[(tiles * batch * kv_heads,)](
-        query, boxes[0], boxes[-1], query if out is None else out, lse, *query.stride()[:3], *strides,
-        lse.stride(1), rows, count, start, tiles, kv_heads, band.window, dim**-0.5 * LOG2_E,
+        query, boxes[0], boxes[-1], query if out is None else out, lse, lse if gate is None else gate,
+        *query.stride()[:3], *strides, lse.stride(1), *((0, 0, 0) if gate is None else gate.stride()),
+        rows, count, start, tiles, kv_heads, band.window, dim**-0.5 * LOG2_E,
         GROUP=group, HEADS=padded, TILE=tile, HEAD_DIM=dim, KERNEL=band.kernel, STRIDE=band.stride,
-        WINDOW=band.window > 0, VALUES=value is not None, **settings,
+        WINDOW=band.window > 0, VALUES=value is not None, GATED=gate is not None, ONTO=onto is not None,
+        **settings,
     )  # fmt: skip
     return out, lse
 
@@ -238,9 +267,20 @@ class _BandAttention(torch.autograd.Function):
 
 
 def band_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, band: Band, start: int = 0
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    band: Band,
+    start: int = 0,
+    *,
+    gate: torch.Tensor | None = None,
+    onto: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `band_forward` with values; differentiable in query, key and value (lse carries no gradient)."""
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
+    """As `band_forward` with values; differentiable in query, key and value (lse carries no gradient).
+
+    Raises:
+        ValueError: as `band_forward`, and gradients asked for with `gate` or `onto`.
+    """
+    if no_gradients_beside_gates((query, key, value), gate, onto):
         return _BandAttention.apply(query, key, value, band, start)
-    return band_forward(query, key, value, band, start)
+    return band_forward(query, key, value, band, start, gate=gate, onto=onto)

@@ -42,7 +42,7 @@ class _DashAttention(torch.autograd.Function):
     ):
         summaries = summarize_chunks(key, summary_query, options.chunk_size, left_padding)
         routes = route_with(query, summaries, options, left_padding, save=True, sequences=sequences)
-        info.update(_sparse_info(query, key, routes, left_padding))
+        info.update(_sparse_info(query, key, value, routes, left_padding))
         out, lse = block_sparse_attention(query, key, value, routes, left_padding=left_padding)
         ctx.save_for_backward(
             query, key, value, summary_query, out, lse, summaries, routes.tau, routes.mask, left_padding
@@ -218,7 +218,7 @@ def dash_attention(
         routes = route_with(query, summaries, chosen, left_padding, save, sequences)
         out, _ = block_sparse_attention(query, key, value, routes, left_padding=left_padding)
         active = routes.active_blocks
-        info |= _sparse_info(query, key, routes, left_padding)
+        info |= _sparse_info(query, key, value, routes, left_padding)
     if packed is not None:
         out = packed.collect(out)
         active = None if active is None else packed.collect(active)
@@ -273,8 +273,8 @@ def _check_packed(query, summary_query, left_padding, dense_below, return_routin
             raise ValueError(f"{name} is not for packed sequences")
 
 
-def _sparse_info(query, key, routes: Routes, left_padding) -> dict:
-    kernel = kernel_for(query, key, routes, left_padding)
+def _sparse_info(query, key, value, routes: Routes, left_padding) -> dict:
+    kernel = kernel_for(query, key, value, routes, left_padding)
     return {"path": "sparse", "kernel": kernel, "tile": routes.tile}
 
 

@@ -1,5 +1,8 @@
-"""Σ_b g_b o_b: branches of attention weighed by gates, in one pass over memory (NSA, arXiv 2502.11089,
-equation 5)."""
+"""Σ_b g_b o_b: branches of attention weighed by gates (NSA, arXiv 2502.11089, equation 5).
+
+With gradients in one pass over the branches' outputs (`gated_sum`), which the backward needs one by one;
+without, each branch's kernel adds its own to the sum as it writes (`gated_onto`).
+"""
 
 from __future__ import annotations
 
@@ -32,6 +35,30 @@ def _gated_sum_kernel(
         result += o * tl.load(p_gate + 2 * gate_strides[3], real, 0.0).to(tl.float32)[:, None]
     at = batch * out_strides[0] + head * out_strides[1] + token * out_strides[2]
     tl.store(out + at[:, None] + dim, result.to(out.dtype.element_ty), real[:, None])
+
+
+@triton.jit
+def gated_onto(result, gate, target, real, GATED: tl.constexpr, ONTO: tl.constexpr):
+    """Rows of an output `[ROWS, D]` fp32 times their gates, plus what `target` holds: the end of a kernel."""
+    if GATED:
+        result *= tl.load(gate, mask=real, other=0.0).to(tl.float32)[:, None]
+    if ONTO:
+        result += tl.load(target, mask=real[:, None], other=0.0).to(tl.float32)
+    return result
+
+
+def no_gradients_beside_gates(
+    tensors: tuple[torch.Tensor, ...], gate: torch.Tensor | None, onto: torch.Tensor | None
+) -> bool:
+    """Whether gradients of `tensors` are wanted.
+
+    Raises:
+        ValueError: they are, and the output is to be gated or added in place (see `gated_sum`).
+    """
+    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    if wanted and (gate is not None or onto is not None):
+        raise ValueError("no gradients beside a gate or a sum in place: use gated_sum")
+    return wanted
 
 
 class _GatedSum(torch.autograd.Function):

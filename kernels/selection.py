@@ -7,6 +7,7 @@ stands for tokens `[stride t, stride t + 2 stride)`; a block of 4 strides overla
 1.  scores. A tile is T consecutive queries times the heads of one KV head. Scores are computed transposed,
     windows × rows, with a row's number being head · T + query: then all heads of a query lie in the
     registers of one thread, and the sum over the group is additions instead of exchanges between threads.
+    On Hopper, where its shapes allow, `selection_hopper` does the same.
     Two numbers a block are written, what its own four windows give and what the last of them gives to the
     next block;
 2.  choice. One warp a query holds the scores of all its blocks in registers and finds the k-th largest by
@@ -208,12 +209,21 @@ def _choice_kernel(
         tl.store(mask + row * words + first + bit, tl.zeros([32], tl.int32), mask=first + bit < words)
 
 
+def kernel_for_scores(query: torch.Tensor, compressed: torch.Tensor) -> str:
+    """`hopper` or `portable`: which kernel `select_blocks` runs for these inputs."""
+    from dashbench.kernels import hopper
+
+    tile = hopper.CONSUMERS * hopper.ROWS // (query.shape[1] // compressed.shape[1])
+    return "hopper" if hopper.supports(query, compressed, compressed, tile) else "portable"
+
+
 def select_blocks(
     query: torch.Tensor,
     compressed: torch.Tensor,
     lse: torch.Tensor,
     choice: BlockChoice,
     *,
+    kernel: str | None = None,
     launch: dict | None = None,
     scratch_bytes: int = SCRATCH_BYTES,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -226,7 +236,8 @@ def select_blocks(
         lse: `[B, Hq, N]` fp32, logarithm of the softmax denominator of every query head over the windows it
             sees (+inf: it sees none).
         choice: numbers of blocks and rule.
-        launch: launch options of the scores kernel that replace the default ones: ROWS of a tile (queries
+        kernel: `hopper` or `portable`, which computes the scores; default: what `kernel_for_scores` says.
+        launch: launch options of the portable kernel that replace the default ones: ROWS of a tile (queries
             times heads), BLOCK windows at a time, and Triton's num_warps, num_stages, maxnreg.
         scratch_bytes: most bytes of block scores in memory at a time (one tile of queries at least).
 
@@ -262,17 +273,24 @@ def select_blocks(
         2, batch * kv_heads * min(most, tokens) * blocks, dtype=torch.float32, device=device
     )
     max_rule = choice.rule == "max"
+    kernel = kernel or ("portable" if launch else kernel_for_scores(query, compressed))
     for first in range(0, tokens, most):
         rows = min(most, tokens - first)
         width = triton.cdiv(first + rows, choice.block_size)
         part = query[:, :, first : first + rows]
         part_lse = lse[:, :, first : first + rows]
         tiles = triton.cdiv(rows, tile)
-        _scores_kernel[(tiles * batch * kv_heads,)](
-            part, keys, part_lse, scratch[0], scratch[1], *part.stride()[:3], *part_lse.stride()[:2],
-            rows, count, first, tiles, width, kv_heads, dim**-0.5 * LOG2_E,
-            GROUP=group, HEADS=padded, TILE=tile, HEAD_DIM=dim, STRIDE=stride, MAX_RULE=max_rule, **settings,
-        )  # fmt: skip
+        if kernel == "hopper":
+            from dashbench.kernels.selection_hopper import block_scores_hopper
+
+            block_scores_hopper(part, compressed, part_lse, *scratch, first, width, stride, max_rule)
+        else:
+            _scores_kernel[(tiles * batch * kv_heads,)](
+                part, keys, part_lse, *scratch, *part.stride()[:3], *part_lse.stride()[:2],
+                rows, count, first, tiles, width, kv_heads, dim**-0.5 * LOG2_E,
+                GROUP=group, HEADS=padded, TILE=tile, HEAD_DIM=dim, STRIDE=stride, MAX_RULE=max_rule,
+                **settings,
+            )  # fmt: skip
         _choice_kernel[(rows, batch * kv_heads)](
             scratch[0], scratch[1], mask, active, rows, first, width, words, tokens, first, choice.top_k,
             choice.init_blocks, choice.local_blocks,

@@ -7,8 +7,8 @@ Every tensor gets an allocation of its own (`PYTORCH_NO_CUDA_MEMORY_CACHING`), s
 seen. Run it once without the checker before: compiling under it takes minutes. `python tests/sanitize.py
 NAME …` runs the calls whose names contain one of the words.
 
-racecheck reports the compiler's own hand-over to the specialised warps of attend_hopper, and nothing else;
-`test_operator_gpu.dispatch_lines` says why that is none.
+racecheck reports the compiler's own hand-over to the specialised warps of the Hopper kernels, and nothing
+else; `test_operator_gpu.dispatch_lines` says why that is none.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dashbench.kernels.band import Band, band_attention, band_forward
+from dashbench.kernels.band import Band, band_attention, band_forward, kernel_for_band
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -60,6 +60,33 @@ def test_output_lse_and_gradients(batch, kv_heads, group, rows, band, start):
         torch.testing.assert_close(got.double(), right, rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("band", [Band(8, 4), Band(window=9)], ids=str)
+def test_a_gated_output_is_added_to_what_is_there(band):
+    """Gates of every other row's stride; rows that see nothing leave what they find."""
+    query, key, value = inputs(2, 2, 2, 40, band.count(40))
+    gates = torch.rand(2, 4, 40, 3, generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    before = torch.randn(2, 40, 4, 64, generator=torch.Generator().manual_seed(4)).to(DEVICE).transpose(1, 2)
+    wanted, wanted_lse = expected(query, key, value, band, 0)
+    gated, _ = band_attention(query, key, value, band, gate=gates[..., 1])
+    torch.testing.assert_close(gated.double(), wanted * gates[..., 1, None], rtol=1e-5, atol=1e-5)
+    summed = before.clone()
+    out, lse = band_attention(query, key, value, band, gate=gates[..., 1], onto=summed)
+    assert out is summed
+    torch.testing.assert_close(out.double(), before + wanted * gates[..., 1, None], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse.double(), wanted_lse, rtol=1e-6, atol=1e-5)
+    nothing = before.clone()
+    band_forward(query, key[:, :, :0], value[:, :, :0], band, gate=gates[..., 1], onto=nothing)
+    assert torch.equal(nothing, before)
+
+
+@pytest.mark.parametrize("given", ["gate", "onto"])
+def test_no_gradients_beside_gates(given):
+    query, key, value = inputs(1, 1, 1, 20, 20)
+    other = query[..., 0] if given == "gate" else query.clone()
+    with pytest.raises(ValueError, match="use gated_sum"):
+        band_attention(query.requires_grad_(), key, value, Band(window=4), **{given: other})
+
+
 def test_strided_heads_first_or_last_give_the_same():
     query, key, value = inputs(2, 2, 2, 40, 33)
     out, _ = band_forward(query, key, value, Band(8, 1), 0)
@@ -96,3 +123,41 @@ def test_real_shapes_on_a_gpu(band):
     found = torch.autograd.grad(out, leaves, grad)
     for got, right in zip(found, torch.autograd.grad(wanted, exact, grad.double()), strict=True):
         assert float((got.double() - right).norm() / right.norm()) < 1e-2
+
+
+HOPPER_CASES = [
+    # batch, KV heads, group, rows, first position, dtype
+    (2, 2, 16, 1, 0, torch.bfloat16),
+    (1, 2, 16, 100, 0, torch.bfloat16),
+    (2, 1, 8, 1031, 0, torch.float16),
+    (2, 2, 2, 777, 0, torch.bfloat16),
+    (1, 2, 16, 513, 1500, torch.bfloat16),
+    (1, 2, 16, 4096, 0, torch.bfloat16),  # more tiles than programs
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("band", [Band(32, 16), Band(window=512), Band(window=9), Band()], ids=str)
+@pytest.mark.parametrize("batch,kv_heads,group,rows,start,dtype", HOPPER_CASES)
+def test_hopper_kernel_on_a_gpu(batch, kv_heads, group, rows, start, dtype, band):
+    """Against fp64, plain and as the sum in place; every other case has heads inside."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs a Hopper GPU")
+    tensors = inputs(batch, kv_heads, group, rows, max(1, band.count(start + rows)), 128, dtype)
+    if rows % 2:
+        tensors = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors]
+    assert kernel_for_band(*tensors) == "hopper"
+    wanted, wanted_lse = expected(*tensors, band, start)
+    gate = torch.rand(*tensors[0].shape[:3], 3, device="cuda").to(dtype)[..., 1]
+    before = torch.randn_like(tensors[0])
+    size = wanted.norm().clamp_min(1e-3)
+    out, lse = band_forward(*tensors, band, start)
+    assert float((out.double() - wanted).norm() / size) < 5e-3
+    torch.testing.assert_close(lse.double(), wanted_lse, rtol=0, atol=2e-3)
+    alone = band_forward(tensors[0], tensors[1], None, band, start)[1]
+    torch.testing.assert_close(alone.double(), wanted_lse, rtol=0, atol=2e-3)
+    total = before.double() + wanted * gate.double()[..., None]
+    out, lse = band_forward(*tensors, band, start, gate=gate, onto=before)
+    assert out is before
+    assert float((out.double() - total).norm() / total.norm()) < 5e-3
+    torch.testing.assert_close(lse.double(), wanted_lse, rtol=0, atol=2e-3)

@@ -12,7 +12,6 @@ from pending_products import overwritten
 NEW = {
     # Another kernel for less than a chunk than for everything else on Hopper; the rest is per feature.
     "prefill 4096": {"summarize", "route", "attend_hopper"},
-    "prefill 1": {"attend"},
     "prefill biased": {"route", "attend_hopper"},
     "packed": {"route"},
     "padded": {"summarize", "route", "attend"},
@@ -22,7 +21,8 @@ NEW = {
     "train deterministic": {"backward_query", "backward_chunk"},
     "train nsa": {
         "compress",
-        "band",
+        "band_hopper",
+        "selection_hopper",
         "selection",
         "gated_sum",
         "band_backward",
@@ -30,7 +30,7 @@ NEW = {
         "backward_query",
         "backward_chunk",
     },
-    "train infllmv2": {"band", "selection"},
+    "train infllmv2": {"band_hopper", "selection", "selection_hopper"},
     "decode 4096": {"decode_kernels"},
     "decode paged": {"decode_kernels"},
     "decode padded": {"decode_kernels"},

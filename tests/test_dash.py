@@ -4,7 +4,7 @@ whole."""
 import pytest
 import torch
 
-from dashbench.kernels.attend import block_sparse_attention, routes_of_mask
+from dashbench.kernels.attend import block_sparse_attention, kernel_for, routes_of_mask
 from dashbench.kernels.dash import dash_attention
 from dashbench.kernels.reference import DashOptions, route, summarize
 from dashbench.kernels.reference import dash_attention as specified
@@ -264,7 +264,7 @@ def test_gradients_flow_to_all_inputs(mode, sigma):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kernel", ["hopper", "portable"])
-@pytest.mark.parametrize("n", [64, 1000, 4096, 32768, 32771])
+@pytest.mark.parametrize("n", [9, 64, 1000, 4096, 32768, 32771])
 @pytest.mark.parametrize("bias_mode", ["none", "raw"])
 def test_real_shape_on_a_gpu(n, kernel, bias_mode):
     q, k, v, s = planted(n, 2 if n < 8192 else 1, 2, 16, 128, 64, strength=2.0)
@@ -285,6 +285,44 @@ def test_real_shape_on_a_gpu(n, kernel, bias_mode):
     other, other_lse = block_sparse_attention(q, k, v, routes, kernel="portable")
     assert float((out - other).float().norm() / other.float().norm()) < 5e-3
     torch.testing.assert_close(lse, other_lse, rtol=0, atol=2e-3)
+
+
+def gated_case(n, kv_heads, group, dim, chunk, strength=1.0):
+    q, k, v, s = planted(n, 1, kv_heads, group, dim, chunk, strength=strength)
+    routes = route_chunks(q, summarize_chunks(k, s, chunk), chunk, save=True)
+    draw = torch.Generator().manual_seed(7)
+    gate = torch.rand(1, kv_heads * group, n, 3, generator=draw).to(q)[..., 1]
+    before = torch.randn(q.shape, generator=draw).to(q)
+    return (q, k, v, routes), gate, before
+
+
+def test_a_gated_output_is_added_to_what_is_there():
+    case, gate, before = gated_case(70, 2, 2, 64, 16)
+    plain, lse = block_sparse_attention(*case)
+    gated, _ = block_sparse_attention(*case, gate=gate)
+    torch.testing.assert_close(gated, plain * gate[..., None])
+    summed = before.clone()
+    out, same = block_sparse_attention(*case, gate=gate, onto=summed)
+    assert out is summed
+    assert torch.equal(lse, same)
+    torch.testing.assert_close(out, before + plain * gate[..., None])
+    with pytest.raises(ValueError, match="use gated_sum"):
+        block_sparse_attention(case[0].requires_grad_(), *case[1:], gate=gate)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n", [9, 1000, 16384])
+def test_a_gated_sum_on_a_gpu(n):
+    """The Hopper kernel and the portable one, from their own plain outputs; heads inside."""
+    case, gate, before = gated_case(n, 2, 16, 128, 64, strength=2.0)
+    inside = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in case[:3]]
+    plain, _ = block_sparse_attention(*case, kernel="portable")
+    wanted = before.double() + plain.double() * gate.double()[..., None]
+    kernels = {"portable", kernel_for(*case)}
+    for kernel in kernels:
+        for tensors in (case[:3], inside):
+            out, _ = block_sparse_attention(*tensors, case[3], gate=gate, onto=before.clone(), kernel=kernel)
+            assert float((out.double() - wanted).norm() / wanted.norm()) < 5e-3, kernel
 
 
 @pytest.mark.gpu

@@ -15,7 +15,7 @@ from dashbench.baselines.block_selection import (
 from dashbench.baselines.selected_blocks import blocks_of_mask
 from dashbench.kernels.band import Band, band_forward
 from dashbench.kernels.compress import mean_windows
-from dashbench.kernels.selection import BlockChoice, choose_blocks, select_blocks
+from dashbench.kernels.selection import BlockChoice, choose_blocks, kernel_for_scores, select_blocks
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -155,3 +155,23 @@ def test_real_shapes_on_a_gpu(rule, tokens, top_k):
     found = chosen_by_kernels(query, compressed, choice)
     assert not ((found != exact) & ~ties).any()
     assert torch.equal(found.sum(-1), exact.sum(-1))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rule", ["max", "sum"])
+@pytest.mark.parametrize("group,tokens", [(16, 40), (16, 100), (8, 3001), (16, 4096)])
+def test_hopper_scores_on_a_gpu(group, tokens, rule):
+    """Against the definition in fp64; slabs of one tile, and the portable kernel, choose the same."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs a Hopper GPU")
+    query, compressed = inputs(1, 2, group, tokens, 128, torch.bfloat16, 16)
+    choice = BlockChoice(64, 9, 1, 2, rule)
+    assert kernel_for_scores(query, compressed) == "hopper"
+    exact, ties = chosen_by_definition(query, compressed, choice)
+    found = chosen_by_kernels(query, compressed, choice)
+    assert not ((found != exact) & ~ties).any()
+    assert ties.float().mean() < 0.2
+    portable = chosen_by_kernels(query, compressed, choice, kernel="portable")
+    assert float((found != portable).float().mean()) < 1e-3
+    if tokens < 4096:
+        assert torch.equal(chosen_by_kernels(query, compressed, choice, scratch_bytes=1), found)
