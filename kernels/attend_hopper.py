@@ -20,6 +20,7 @@ from dashbench.kernels.hopper import (
     bring_block,
     bring_tile,
     free_output,
+    free_query,
     give_rows,
     load_gate,
     open_memory,
@@ -129,6 +130,7 @@ def _consume(
 
         # The own chunk comes first: every row sees itself there, so every state is finite from then on.
         s = scores_of_first(q, zero, rings, turn, STAGES)
+        free_query(queries, PART)
         free_output(outputs, n, PART, ONTO)
         s = gl.where(own * CHUNK + column[None, :] <= (first + query_in_part)[:, None], s, -float("inf"))
         peak = gl.max(s, 1) * scale_log2

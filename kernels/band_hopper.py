@@ -28,6 +28,7 @@ from dashbench.kernels.hopper import (
     bring_rows,
     bring_tile,
     free_output,
+    free_query,
     give_rows,
     load_gate,
     open_memory,
@@ -163,6 +164,7 @@ def _consume(
         q = take_query(queries, n, PART, ROWS, HEAD_DIM, Q)
 
         s = scores_of_first(q, zero, rings, turn, STAGES)
+        free_query(queries, PART)
         free_output(outputs, n, PART, ONTO)
         s = _masked(s, last * BLOCK, limit, position, window, WINDOW, S)
         peak = gl.max(s, 1) * scale_log2
@@ -241,6 +243,7 @@ def _consume_for_sums(
         total = gl.zeros([ROWS], gl.float32, S_ROW)
         # Results in flight cannot move between registers: they have two places and the loop two turns.
         even = scores_under_way(q, zero, rings, turn, STAGES)
+        free_query(queries, PART)
         for j in range(1, blocks - 1, 2):
             odd = scores_under_way(q, zero, rings, turn + j, STAGES)
             peak, total = _absorb(

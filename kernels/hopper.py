@@ -158,12 +158,17 @@ def bring_block(key_descriptor, value_descriptor, rings, turn, batch, kv_head, f
 
 @gluon.jit
 def take_query(buffers, n, PART: gl.constexpr, ROWS: gl.constexpr, HEAD_DIM: gl.constexpr, Q: gl.constexpr):
-    """A consumer: its rows `[ROWS, D]` of tile `n` in layout Q, and the buffer free again."""
-    held, full, empty = buffers
+    """A consumer: its rows `[ROWS, D]` of tile `n` in layout Q; `free_query` gives the buffer back."""
+    held, full, _ = buffers
     mbarrier.wait(full.index(PART), n & 1)
-    q = held.index(PART).reshape([ROWS, HEAD_DIM]).load(Q)
-    mbarrier.arrive(empty.index(PART), count=1)
-    return q
+    return held.index(PART).reshape([ROWS, HEAD_DIM]).load(Q)
+
+
+@gluon.jit
+def free_query(buffers, PART: gl.constexpr):
+    """A consumer: its query buffer is free, once a product with the rows is issued and not before: loads that
+    nothing has waited for can be overtaken by the copy engine's next tile (LOG.md, The rivals 3)."""
+    mbarrier.arrive(buffers[2].index(PART), count=1)
 
 
 @gluon.jit
