@@ -6,8 +6,9 @@ Key t stands for the tokens `[stride t, stride t + kernel)` and is seen by the q
 2502.11089, equation 7) and the softmax denominator of InfLLMv2's block scores (arXiv 2509.24663); with kernel
 and stride 1 and a window it is sliding-window attention. Without values only the logarithm of the softmax
 denominator is computed. Online softmax in base 2 as in FlashAttention (arXiv 2205.14135); a tile's rows are T
-consecutive queries times the heads of one KV head. On Hopper, where its shapes allow, the kernel is the
-warp-specialised one of `band_hopper`; else this one, which runs on any GPU and in Triton's interpreter.
+consecutive queries times the heads of one KV head. On Hopper, where its shapes allow and values are given,
+the kernel is the warp-specialised one of `band_hopper`; else this one, which runs on any GPU and in the
+interpreter.
 
 Letters: B batch, Hq query heads, Hkv KV heads, G = Hq / Hkv, N query rows, L keys of the band, D head dim, T
 queries a tile.
@@ -177,7 +178,7 @@ def kernel_for_band(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor 
     from dashbench.kernels import hopper
 
     tile = hopper.CONSUMERS * hopper.ROWS // (query.shape[1] // key.shape[1])
-    return "hopper" if hopper.supports(query, key, key if value is None else value, tile) else "portable"
+    return "hopper" if value is not None and hopper.supports(query, key, value, tile) else "portable"
 
 
 def band_forward(

@@ -5,9 +5,6 @@ The kernel is `hopper`'s. A tile's blocks of keys are taken from the latest to t
 not every row sees to their end, then those that all rows see whole, then, of a window, those that not every
 row sees from their beginning. Only the middle ones, which are most, need no mask.
 
-Without values there is no second product to hide the exponentials behind: the product of the next block is
-under way instead.
-
 Letters: B batch, Hq query heads, Hkv KV heads, G = Hq / Hkv, N query rows, L keys of the band, D head dim, T
 queries a tile.
 """
@@ -20,12 +17,10 @@ import torch
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma_wait
 
 from dashbench.kernels import hopper
 from dashbench.kernels.hopper import (
     bring_block,
-    bring_rows,
     bring_tile,
     free_output,
     free_query,
@@ -34,7 +29,6 @@ from dashbench.kernels.hopper import (
     open_memory,
     place_of,
     scores_of_first,
-    scores_under_way,
     scores_while_pending,
     store_lse,
     take_query,
@@ -79,7 +73,7 @@ def _blocks(
 def _produce(
     query_descriptor, key_descriptor, value_descriptor, out_descriptor, sizes, rings, queries, outputs,
     GROUP: gl.constexpr, TILE: gl.constexpr, BLOCK: gl.constexpr, KERNEL: gl.constexpr, STRIDE: gl.constexpr,
-    WINDOW: gl.constexpr, STAGES: gl.constexpr, ONTO: gl.constexpr, VALUES: gl.constexpr,
+    WINDOW: gl.constexpr, STAGES: gl.constexpr, ONTO: gl.constexpr,
 ):  # fmt: skip
     """Loads every tile's queries and its blocks from the latest to the earliest."""
     heads, rows, count, start, tiles, kv_heads, window = sizes
@@ -89,13 +83,9 @@ def _produce(
         last, blocks, _, _ = _blocks(tile, start, rows, count, window, TILE, BLOCK, KERNEL, STRIDE, WINDOW)
         bring_tile(query_descriptor, queries, n, batch, kv_head * GROUP, tile)
         for j in range(blocks):
-            first = (last - j) * BLOCK
-            if VALUES:
-                bring_block(key_descriptor, value_descriptor, rings, turn + j, batch, kv_head, first, STAGES)
-            else:
-                bring_rows(
-                    key_descriptor, rings[0], rings[2], rings[4], turn + j, batch, kv_head, first, STAGES
-                )
+            bring_block(
+                key_descriptor, value_descriptor, rings, turn + j, batch, kv_head, (last - j) * BLOCK, STAGES
+            )
         if ONTO:
             bring_tile(out_descriptor, outputs, n, batch, kv_head * GROUP, tile)
         turn += blocks
@@ -200,82 +190,6 @@ def _consume(
     free_output(outputs, 0, PART, ONTO)
 
 
-@gluon.jit
-def _absorb(
-    token, later, peak, total, rings, turn, first, limit, position, window, scale_log2,
-    WINDOW: gl.constexpr, S: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """(peak, total) with block `turn`, once `later` products are under way, which leaves its own done."""
-    s = warpgroup_mma_wait(later, deps=(token,))
-    mbarrier.arrive(rings[4].index(turn % STAGES), count=1)
-    s = _masked(s, first, limit, position, window, WINDOW, S)
-    new_peak = gl.maximum(peak, gl.max(s, 1) * scale_log2)
-    shift = gl.where(new_peak == -float("inf"), 0.0, new_peak)
-    total = total * gl.exp2(peak - shift) + gl.sum(gl.exp2(s * scale_log2 - shift[:, None]), 1)
-    return new_peak, total
-
-
-@gluon.jit
-def _consume_for_sums(
-    lse, lse_stride_h, sizes, scale_log2, rings, queries,
-    PART: gl.constexpr, GROUP: gl.constexpr, TILE: gl.constexpr, HEAD_DIM: gl.constexpr,
-    BLOCK: gl.constexpr, KERNEL: gl.constexpr, STRIDE: gl.constexpr, WINDOW: gl.constexpr,
-    STAGES: gl.constexpr,
-):  # fmt: skip
-    """Softmax sums of this warpgroup's queries over the blocks as they arrive."""
-    QUERIES: gl.constexpr = TILE // 2
-    ROWS: gl.constexpr = QUERIES * GROUP
-    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BLOCK, 16])
-    Q: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=S, k_width=2)
-    S_ROW: gl.constexpr = gl.SliceLayout(1, S)
-    heads, rows, count, start, tiles, kv_heads, window = sizes
-    query_in_part = gl.arange(0, ROWS, S_ROW) % QUERIES
-    zero = gl.zeros([ROWS, BLOCK], gl.float32, S)
-    turn = 0
-    for n in range(work_count(heads * tiles)):
-        index, tile, _, _ = place_of(n, heads, kv_heads, tiles)
-        first = tile * TILE + PART * QUERIES
-        position = start + first + query_in_part
-        limit = _seen(position, count, KERNEL, STRIDE)
-        last, blocks, _, _ = _blocks(tile, start, rows, count, window, TILE, BLOCK, KERNEL, STRIDE, WINDOW)
-        q = take_query(queries, n, PART, ROWS, HEAD_DIM, Q)
-        peak = gl.full([ROWS], -float("inf"), gl.float32, S_ROW)
-        total = gl.zeros([ROWS], gl.float32, S_ROW)
-        # Results in flight cannot move between registers: they have two places and the loop two turns.
-        even = scores_under_way(q, zero, rings, turn, STAGES)
-        free_query(queries, PART)
-        for j in range(1, blocks - 1, 2):
-            odd = scores_under_way(q, zero, rings, turn + j, STAGES)
-            peak, total = _absorb(
-                even, 1, peak, total, rings, turn + j - 1, (last - j + 1) * BLOCK, limit, position, window,
-                scale_log2, WINDOW, S, STAGES,
-            )  # fmt: skip
-            even = scores_under_way(q, zero, rings, turn + j + 1, STAGES)
-            peak, total = _absorb(
-                odd, 1, peak, total, rings, turn + j, (last - j) * BLOCK, limit, position, window,
-                scale_log2, WINDOW, S, STAGES,
-            )  # fmt: skip
-        done = (blocks - 1) // 2 * 2
-        if done + 1 < blocks:
-            odd = scores_under_way(q, zero, rings, turn + done + 1, STAGES)
-            peak, total = _absorb(
-                even, 1, peak, total, rings, turn + done, (last - done) * BLOCK, limit, position, window,
-                scale_log2, WINDOW, S, STAGES,
-            )  # fmt: skip
-            peak, total = _absorb(
-                odd, 0, peak, total, rings, turn + done + 1, (last - done - 1) * BLOCK, limit, position,
-                window, scale_log2, WINDOW, S, STAGES,
-            )  # fmt: skip
-        else:
-            peak, total = _absorb(
-                even, 0, peak, total, rings, turn + done, (last - done) * BLOCK, limit, position, window,
-                scale_log2, WINDOW, S, STAGES,
-            )  # fmt: skip
-        base = index.to(gl.int64) * GROUP * lse_stride_h
-        store_lse(lse, base, lse_stride_h, peak, total, first, rows, QUERIES)
-        turn += blocks
-
-
 @gluon.jit(do_not_specialize=["heads", "rows", "count", "start", "tiles", "window"])
 def _band_kernel(
     query_descriptor, key_descriptor, value_descriptor, out_descriptor, lse, lse_stride_h, gate,
@@ -283,65 +197,43 @@ def _band_kernel(
     scale_log2,
     GROUP: gl.constexpr, TILE: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK: gl.constexpr,
     KERNEL: gl.constexpr, STRIDE: gl.constexpr, WINDOW: gl.constexpr, STAGES: gl.constexpr,
-    GATED: gl.constexpr, ONTO: gl.constexpr, VALUES: gl.constexpr,
+    GATED: gl.constexpr, ONTO: gl.constexpr,
 ):  # fmt: skip
     """A persistent program: its share of all tiles, see `hopper`. heads: KV heads of all sequences."""
     rings, queries, outputs = open_memory(key_descriptor, query_descriptor, STAGES)
     sizes = (heads, rows, count, start, tiles, kv_heads, window)
     strides = (gate_stride_b, gate_stride_h, gate_stride_n)
-    if VALUES:
-        gl.warp_specialize(
-            [
-                (_consume, (
-                    out_descriptor, lse, lse_stride_h, gate, strides, sizes, scale_log2, rings, queries,
-                    outputs,
-                    0, GROUP, TILE, HEAD_DIM, BLOCK, KERNEL, STRIDE, WINDOW, STAGES, GATED, ONTO,
-                )),
-                (_consume, (
-                    out_descriptor, lse, lse_stride_h, gate, strides, sizes, scale_log2, rings, queries,
-                    outputs,
-                    1, GROUP, TILE, HEAD_DIM, BLOCK, KERNEL, STRIDE, WINDOW, STAGES, GATED, ONTO,
-                )),
-                (_produce, (
-                    query_descriptor, key_descriptor, value_descriptor, out_descriptor, sizes, rings, queries,
-                    outputs, GROUP, TILE, BLOCK, KERNEL, STRIDE, WINDOW, STAGES, ONTO, True,
-                )),
-            ],
-            [4, 1],  # warps of the second consumer and of the producer
-            [240, 24],  # their registers a thread
-        )  # fmt: skip
-    else:
-        gl.warp_specialize(
-            [
-                (_consume_for_sums, (
-                    lse, lse_stride_h, sizes, scale_log2, rings, queries,
-                    0, GROUP, TILE, HEAD_DIM, BLOCK, KERNEL, STRIDE, WINDOW, STAGES,
-                )),
-                (_consume_for_sums, (
-                    lse, lse_stride_h, sizes, scale_log2, rings, queries,
-                    1, GROUP, TILE, HEAD_DIM, BLOCK, KERNEL, STRIDE, WINDOW, STAGES,
-                )),
-                (_produce, (
-                    query_descriptor, key_descriptor, value_descriptor, out_descriptor, sizes, rings, queries,
-                    outputs, GROUP, TILE, BLOCK, KERNEL, STRIDE, WINDOW, STAGES, False, False,
-                )),
-            ],
-            [4, 1],
-            [240, 24],
-        )  # fmt: skip
+    gl.warp_specialize(
+        [
+            (_consume, (
+                out_descriptor, lse, lse_stride_h, gate, strides, sizes, scale_log2, rings, queries, outputs,
+                0, GROUP, TILE, HEAD_DIM, BLOCK, KERNEL, STRIDE, WINDOW, STAGES, GATED, ONTO,
+            )),
+            (_consume, (
+                out_descriptor, lse, lse_stride_h, gate, strides, sizes, scale_log2, rings, queries, outputs,
+                1, GROUP, TILE, HEAD_DIM, BLOCK, KERNEL, STRIDE, WINDOW, STAGES, GATED, ONTO,
+            )),
+            (_produce, (
+                query_descriptor, key_descriptor, value_descriptor, out_descriptor, sizes, rings, queries,
+                outputs, GROUP, TILE, BLOCK, KERNEL, STRIDE, WINDOW, STAGES, ONTO,
+            )),
+        ],
+        [4, 1],  # warps of the second consumer and of the producer
+        [240, 24],  # their registers a thread
+    )  # fmt: skip
 
 
 def band_hopper(
     query: torch.Tensor,
     key: torch.Tensor,
-    value: torch.Tensor | None,
+    value: torch.Tensor,
     band: Band,
     start: int,
     lse: torch.Tensor,
     gate: torch.Tensor | None = None,
     onto: torch.Tensor | None = None,
-) -> torch.Tensor | None:
-    """As `band.band_forward`, for inputs that `hopper.supports` accepts; the output, None without values.
+) -> torch.Tensor:
+    """As `band.band_forward` with values, for inputs that `hopper.supports` accepts; the output.
 
     Args:
         query: `[B, Hq, N, 128]`.
@@ -353,17 +245,15 @@ def band_hopper(
     group = heads // kv_heads
     tile = hopper.CONSUMERS * hopper.ROWS // group
     tiles = triton.cdiv(rows, tile)
-    out = None if value is None else torch.empty_like(query) if onto is None else onto
-    boxes = [
-        hopper.descriptor(x, group, tile // hopper.CONSUMERS) for x in (query, query if out is None else out)
-    ]
-    pairs = [hopper.descriptor(x, 1, hopper.BLOCK) for x in (key, key if value is None else value)]
+    out = torch.empty_like(query) if onto is None else onto
+    boxes = [hopper.descriptor(x, group, tile // hopper.CONSUMERS) for x in (query, out)]
+    pairs = [hopper.descriptor(x, 1, hopper.BLOCK) for x in (key, value)]
     _band_kernel[(hopper.programs(tiles * batch * kv_heads, query.device),)](
         boxes[0], *pairs, boxes[1], lse,
         lse.stride(1), lse if gate is None else gate, *((0, 0, 0) if gate is None else gate.stride()),
         batch * kv_heads, rows, count, start, tiles, kv_heads, band.window, dim**-0.5 * LOG2_E,
         GROUP=group, TILE=tile, HEAD_DIM=dim, BLOCK=hopper.BLOCK, KERNEL=band.kernel, STRIDE=band.stride,
         WINDOW=band.window > 0, STAGES=hopper.STAGES, GATED=gate is not None, ONTO=onto is not None,
-        VALUES=value is not None, num_warps=4,
+        num_warps=4,
     )  # fmt: skip
     return out

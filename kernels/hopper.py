@@ -140,20 +140,21 @@ def bring_tile(source, buffers, n, batch, head, tile):
 
 
 @gluon.jit
-def bring_rows(source, ring, full, empty, turn, batch, head, first, STAGES: gl.constexpr):
-    """The producer: rows of keys or values from `first` on into the slot of block `turn`, once it is free."""
-    slot = turn % STAGES
-    mbarrier.wait(empty.index(slot), ((turn // STAGES) & 1) ^ 1)
-    mbarrier.expect(full.index(slot), source.block_type.nbytes)
-    tma.async_copy_global_to_shared(source, [batch, head, first, 0], full.index(slot), ring.index(slot))
-
-
-@gluon.jit
 def bring_block(key_descriptor, value_descriptor, rings, turn, batch, kv_head, first, STAGES: gl.constexpr):
     """The producer: keys and values from `first` on into the slots of block `turn`, once they are free."""
     key_ring, value_ring, key_full, value_full, key_empty, value_empty = rings
-    bring_rows(key_descriptor, key_ring, key_full, key_empty, turn, batch, kv_head, first, STAGES)
-    bring_rows(value_descriptor, value_ring, value_full, value_empty, turn, batch, kv_head, first, STAGES)
+    slot = turn % STAGES
+    phase = (turn // STAGES) & 1
+    mbarrier.wait(key_empty.index(slot), phase ^ 1)
+    mbarrier.expect(key_full.index(slot), key_descriptor.block_type.nbytes)
+    tma.async_copy_global_to_shared(
+        key_descriptor, [batch, kv_head, first, 0], key_full.index(slot), key_ring.index(slot)
+    )
+    mbarrier.wait(value_empty.index(slot), phase ^ 1)
+    mbarrier.expect(value_full.index(slot), value_descriptor.block_type.nbytes)
+    tma.async_copy_global_to_shared(
+        value_descriptor, [batch, kv_head, first, 0], value_full.index(slot), value_ring.index(slot)
+    )
 
 
 @gluon.jit
@@ -172,19 +173,14 @@ def free_query(buffers, PART: gl.constexpr):
 
 
 @gluon.jit
-def scores_under_way(q, zero, rings, turn, STAGES: gl.constexpr):
-    """QKᵀ of block `turn`, not waited for."""
+def scores_of_first(q, zero, rings, turn, STAGES: gl.constexpr):
+    """QKᵀ of a tile's first block, which is block `turn`."""
     slot = turn % STAGES
     k = rings[0].index(slot).reshape([zero.shape[1], q.shape[1]])
     mbarrier.wait(rings[2].index(slot), (turn // STAGES) & 1)
-    return warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
-
-
-@gluon.jit
-def scores_of_first(q, zero, rings, turn, STAGES: gl.constexpr):
-    """QKᵀ of a tile's first block, which is block `turn`."""
-    s = warpgroup_mma_wait(0, deps=(scores_under_way(q, zero, rings, turn, STAGES),))
-    mbarrier.arrive(rings[4].index(turn % STAGES), count=1)
+    s = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
+    s = warpgroup_mma_wait(0, deps=(s,))
+    mbarrier.arrive(rings[4].index(slot), count=1)
     return s
 
 

@@ -3,7 +3,8 @@
 Every launch stops where Triton has chosen what to compile: its key is recorded (the signature, with what is
 specialised on values, and the constants). Prints one JSON object: scenario → the kernels that it compiled and
 the scenarios before it had not. With `--compile` the scenarios that have WORD in their name are compiled for
-an H200 (sm_90a), and a kernel is followed by the buffers that `pending_products` finds overwritten in it.
+an H200 (sm_90a), and a kernel is followed by what `pending_products` finds overwritten or released early in
+it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ os.environ["TRITON_INTERPRET"] = "0"
 
 import torch
 import triton
-from pending_products import overwritten
+from pending_products import overwritten, released_early
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
@@ -75,6 +76,13 @@ def train_rival(method, tokens=2048):
     out.sum().backward()
 
 
+def prefill_nsa(tokens=2048):
+    from dashbench.baselines.nsa import nsa_attention
+
+    q, k, v = tensors(1, 32, 2, tokens, 128)[:3]
+    nsa_attention(q, k, v, torch.zeros(1, 32, tokens, 3, dtype=q.dtype), backend="kernels")
+
+
 def decode(tokens, batch=1, new_tokens=1, page_size=None, overlap=False, pad=None, balanced=False):
     from dashbench.kernels.decode import DecodeCache, DecodeLaunch, DecodeStep, append
     from dashbench.kernels.reference import DashOptions
@@ -117,6 +125,7 @@ SCENARIOS = {
     "train deterministic": lambda: train(2048, deterministic=True),
     "train nsa": lambda: train_rival("nsa"),
     "train infllmv2": lambda: train_rival("infllmv2"),
+    "prefill nsa": prefill_nsa,
     "decode 4096": lambda: decode(4096),
     "decode 8192, batch 3": lambda: decode(8192, 3),
     "decode 4032": lambda: decode(4032),
@@ -155,7 +164,8 @@ def count() -> dict[str, list[str]]:
             name = f"{self.fn.__module__.split('.')[-1]}.{self.fn.__qualname__}"
             if COMPILE:
                 kernel = do_compile(self, key, signature, device, constexprs, options, attrs, warmup)
-                name = " ".join([name, *overwritten(kernel.asm["ttgir"])])
+                ttgir = kernel.asm["ttgir"]
+                name = " ".join([name, *overwritten(ttgir), *released_early(ttgir)])
             found[scenario].append(name)
         return mock.sentinel.compiled
 

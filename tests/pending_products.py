@@ -1,8 +1,14 @@
-"""Reads in Triton's TTGIR for Hopper whether a loop loads a tile into memory that a product still reads.
+"""Reads in Triton's TTGIR for Hopper whether memory is filled anew while something still reads it.
 
-A product of a warp group (wgmma) runs on while the loop goes on. Triton 3.6 gives a tile that also goes
-through registers one buffer and starts its next load without a wait for the product, so that the product now
-and then reads half of the next tile. No interpreter and no memory checker sees it.
+`overwritten`: a product of a warp group (wgmma) runs on while the loop goes on. Triton 3.6 gives a tile that
+also goes through registers one buffer and starts its next load without a wait for the product, so that the
+product now and then reads half of the next tile.
+
+`released_early`: a load from shared memory to registers is under way until something uses what it brings. A
+warp that says before that the buffer is free can see the copy engine's next tile in it: a query of ours was
+the next tile's in one of some thousand rows where tiles are short.
+
+No interpreter and no memory checker sees either.
 """
 
 from __future__ import annotations
@@ -59,4 +65,30 @@ def _overwritten(body: list) -> set[str]:
             pending = pending[max(0, len(pending) - what) :]
         else:
             found |= {what for read in pending if what in read}
+    return found
+
+
+LOAD = re.compile(r"(%[\w]+) = ttg\.local_load ")
+USES = ("warp_group_dot ", "local_store")
+
+
+def released_early(ttgir: str) -> list[str]:
+    """Values loaded from shared memory that reach no product and no store before a barrier is arrived at."""
+    found: list[str] = []
+    pending: dict[str, set[str]] = {}  # loaded value: it and what is computed from it
+    for line in ttgir.splitlines():
+        text = line.partition(" loc(")[0]
+        names = set(re.findall(r"%\w+", text))
+        if load := LOAD.search(text):
+            pending[load[1]] = {load[1]}
+        elif "arrive_barrier" in text:
+            found += pending
+            pending = {}
+        else:
+            for value, derived in list(pending.items()):
+                if names & derived:
+                    if any(use in text for use in USES):
+                        del pending[value]
+                    else:
+                        derived |= set(re.findall(r"%\w+", text.partition(" = ")[0]))
     return found

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from pending_products import overwritten
+from pending_products import overwritten, released_early
 
 NEW = {
     # Another kernel for less than a chunk than for everything else on Hopper; the rest is per feature.
@@ -30,7 +30,8 @@ NEW = {
         "backward_query",
         "backward_chunk",
     },
-    "train infllmv2": {"band_hopper", "selection", "selection_hopper"},
+    "train infllmv2": {"band", "selection", "selection_hopper"},
+    "prefill nsa": {"band_hopper", "attend_hopper"},  # outputs are gated and summed in place
     "decode 4096": {"decode_kernels"},
     "decode paged": {"decode_kernels"},
     "decode padded": {"decode_kernels"},
@@ -76,6 +77,34 @@ def test_no_tile_is_loaded_over_one_that_a_product_still_reads():
     kernels = [kernel for found in run("--compile", "train").values() for kernel in found]
     assert sum("backward_chunk._chunk_kernel" in kernel for kernel in kernels) == 5
     assert [kernel for kernel in kernels if " " in kernel] == []
+
+
+def test_no_query_buffer_is_released_while_it_is_loaded_from():
+    """The Hopper kernels, plain and with sums in place."""
+    for scenario in ("prefill 4096", "prefill nsa"):
+        (found,) = run("--compile", scenario).values()
+        assert any("hopper" in kernel for kernel in found)
+        assert [kernel for kernel in found if " " in kernel] == []
+
+
+RELEASES = """
+    %q = ttg.local_load %buffer : !ttg.memdesc<64x128xbf16> -> tensor<64x128xbf16>
+    {between}
+    ttng.arrive_barrier %free, 1, %true : !ttg.memdesc<1xi64>
+"""
+
+
+@pytest.mark.parametrize(
+    ("between", "found"),
+    [
+        ("%k = ttg.memdesc_index %ring[%slot] : x", ["%q"]),
+        ("%s = ttng.warp_group_dot %q, %k, %zero, %false {isAsync = true} : x", []),
+        ("%r = arith.addf %o, %q : x\n    ttg.local_store %r, %buffer : x", []),
+        ("%r = arith.addf %o, %q : x\n    ttg.local_store %o, %buffer : x", ["%q"]),
+    ],
+)
+def test_an_early_release_is_found(between, found):
+    assert released_early(RELEASES.format(between=between)) == found
 
 
 LOOP = """
