@@ -54,7 +54,11 @@ def supports(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tile: 
 
 
 def _bulk_copied(x: torch.Tensor) -> bool:
-    return x.data_ptr() % 16 == 0 and x.stride(-1) == 1 and all(stride > 0 and stride % 8 == 0 for stride in x.stride()[:-1])
+    return (
+        x.data_ptr() % 16 == 0
+        and x.stride(-1) == 1
+        and all(stride > 0 and stride % 8 == 0 for stride in x.stride()[:-1])
+    )
 
 
 def descriptor(x: torch.Tensor, heads: int, rows: int):

@@ -11,10 +11,10 @@ from pending_products import overwritten, released_early
 
 NEW = {
     # Another kernel for less than a chunk than for everything else on Hopper; the rest is per feature.
-    "prefill 4096": {"summarize", "route", "attend_hopper"},
-    "prefill biased": {"route", "attend_hopper"},
-    "packed": {"route"},
-    "padded": {"summarize", "route", "attend"},
+    "prefill 4096": {"summarize", "route_kernels", "attend_hopper"},
+    "prefill biased": {"route_kernels", "attend_hopper"},
+    "packed": {"route_kernels"},
+    "padded": {"summarize", "route_kernels", "attend"},
     "train 2048": {"backward_lists", "backward_query", "backward_chunk"},
     "train biased": {"backward_query", "backward_chunk"},
     "train biased, deterministic": {"backward_query", "backward_chunk"},

@@ -89,9 +89,10 @@ def check_routes(q, k, s, options, margin=1e-5, **more):
 
 @pytest.mark.parametrize("n", [1, 15, 16, 17, 32, 75])
 @pytest.mark.parametrize("group", [1, 4])
-def test_routing_equals_the_exact_support(n, group):
+@pytest.mark.parametrize("resident", [None, 0])
+def test_routing_equals_the_exact_support(n, group, resident):
     q, k, _, s = planted(n, group=group, seed=n)
-    mask = check_routes(q, k, s, DashOptions(chunk_size=16, scaling_factor=1.0))
+    mask = check_routes(q, k, s, DashOptions(chunk_size=16, scaling_factor=1.0), resident=resident)
     if n > 70:
         density = float(mask.float().mean())
         assert 0.02 < density < 0.4, "the case must be neither empty nor full"
@@ -117,7 +118,11 @@ def test_lists_from_candidates_equal_lists_from_all_chunks(padding, forced):
     summaries = summarize_chunks(k, s, chunk, pad)
     saved, found, plain = (
         route_chunks(q, summaries, chunk, forced=forced, left_padding=pad, **more)
-        for more in ({"save": True, "compact": True}, {"compact": True}, {"compact": False})
+        for more in (
+            {"save": True, "compact": True, "resident": 0},
+            {"compact": True, "resident": 0},
+            {"compact": False, "resident": 0},
+        )
     )
     mask = unpack(saved.mask, chunks)
     assert 0.02 < float(mask.float().mean()) < 0.4
@@ -130,6 +135,62 @@ def test_lists_from_candidates_equal_lists_from_all_chunks(padding, forced):
     expected = exact.active & (torch.arange(chunks, device=q.device) < (rows // chunk)[:, None])
     sure = exact.margin > 1e-5
     assert bool((mask[:, :, rows] == expected)[sure].all())
+
+
+@pytest.mark.parametrize("forced", ["own", "own_and_previous"])
+@pytest.mark.parametrize("bias_mode", ["none", "centered", "raw"])
+@pytest.mark.parametrize("bounded", ["", "padded", "packed"])
+def test_scores_kept_in_registers_route_like_scores_read_again(forced, bias_mode, bounded):
+    """All tiles by one kernel, all by the other, and the first three chunks by one."""
+    chunk, chunks, n = 16, 7, 104
+    q, k, _, s = planted(n, batch=1 if bounded == "packed" else 2, seed=11)
+    pad = torch.tensor([0, 37], dtype=torch.int32, device=DEVICE) if bounded == "padded" else None
+    first = [0, 0, 0, 3, 3, 3, 3]
+    ends = [45, 45, 45, 104, 104, 104, 104]
+    sequences = torch.tensor([first, ends], dtype=torch.int32, device=DEVICE).T.contiguous()
+    options = {
+        "forced": forced, "bias_mode": bias_mode, "left_padding": pad, "save": True, "sigma": 2.0,
+        "scaling_factor": 0.7, "sequences": sequences if bounded == "packed" else None,
+    }  # fmt: skip
+    summaries = summarize_chunks(k, s, chunk, pad)
+    again, short, both = (
+        route_chunks(q, summaries, chunk, resident=resident, **options) for resident in (0, None, 3)
+    )
+    mask = unpack(again.mask, chunks)
+    assert 0.02 < float(mask.float().mean()) < 0.6
+    for routes in (short, both):
+        assert torch.equal(unpack(routes.mask, chunks), mask)
+        assert torch.equal(listed(routes, n), mask.cpu())
+        assert torch.equal(routes.active_blocks, again.active_blocks)
+        torch.testing.assert_close(routes.tau, again.tau, rtol=1e-4, atol=1e-4)
+    if bias_mode != "none":
+        tiles = again.counts.shape[-1]
+        for routes in (short, both):
+            for b in range(q.shape[0]):
+                for h in range(2):
+                    for tile in range(tiles):
+                        own, per_chunk = tile * again.tile // chunk, chunk // again.tile
+                        start = per_chunk * (own * (own - 1) // 2) + tile % per_chunk * own
+                        here = slice(start, start + int(again.counts[b, h, tile]))
+                        bits = again.entries[b, h, here, None] >> (
+                            16 + torch.arange(again.tile, device=q.device)
+                        )
+                        wanted = torch.where(bits & 1 == 1, again.bias[b, h, here], 0.0)
+                        found = torch.where(bits & 1 == 1, routes.bias[b, h, here], 0.0)
+                        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n", [64, 1000, 8192, 8256, 16384])
+@pytest.mark.parametrize("save", [False, True])
+def test_scores_kept_in_registers_on_a_gpu(n, save):
+    q, k, _, s = planted(n, 1, 2, 16, 128, 64, strength=2.0)
+    summaries = summarize_chunks(k, s, 64)
+    again, short = (route_chunks(q, summaries, 64, save=save, resident=r) for r in (0, None))
+    differ = (again.counts != short.counts).float().mean()
+    assert float(differ) < 1e-3  # chunks on the threshold
+    if save:
+        check_routes(q, k, s, DashOptions(), margin=1e-4)
 
 
 def test_flat_logits_route_everywhere():

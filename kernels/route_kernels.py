@@ -1,0 +1,500 @@
+"""The two routing kernels and what they share; `route` says what they compute.
+
+`route_kernel` reads the summaries again in every pass, in blocks, whatever their number. `route_short_kernel`
+is for the tiles of the first RESIDENT chunks: it computes a tile's scores once and keeps them in registers,
+so a pass is arithmetic alone. Below 8k tokens at chunks of 64 those are all tiles.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from dashbench.kernels.backward_lists import tile_list_start
+
+# A chunk whose weight (mean over heads) is at most this is not routed.
+EPSILON = 1e-20
+# τ is settled once no row moves by more than this, in units of x. The quadratic step is exact up to the k
+# entries
+# that it moves across; they change τ by at most k · SETTLED² / 2, under 3e-6 for two thousand of them.
+SETTLED = 5e-5
+# The quadratic step is taken where Σ(x − τ)² is this close to one.
+NEAR = 0.5
+MAX_PASSES = 24
+# The guess of τ from a sample of the chunks, relative to the maximum, is lowered to CAUTION · τ −
+# CAUTION_ABSOLUTE: on planted routings about one tile in twenty then has to list its candidates again.
+CAUTION = tl.constexpr(1.35)
+CAUTION_ABSOLUTE = tl.constexpr(0.02)
+# What fp32 sums may be off by when a lower bound of τ is derived from them.
+BOUND_MARGIN = tl.constexpr(1e-4)
+MAX_PASSES_GENERAL = 80
+# Stands behind a tile's last candidate; above every chunk number.
+NO_CHUNK = tl.constexpr(1 << 20)
+
+
+@triton.jit
+def _scores(
+    q, base, chunk, count, first_chunk, row_limit, dim, scale, HEAD_DIM: tl.constexpr, PADDED: tl.constexpr
+):
+    """x of the chunks of a block `[ROWS, BLOCK]`, −inf where a row may not see the chunk."""
+    summary = tl.load(
+        base + chunk.to(tl.int64)[:, None] * HEAD_DIM + dim[None, :], mask=(chunk < count)[:, None], other=0.0
+    )  # [BLOCK, D]
+    x = tl.dot(q, tl.trans(summary)) * scale
+    seen = chunk[None, :] < row_limit[:, None]
+    if PADDED:
+        seen = seen & (chunk >= first_chunk)[None, :]
+    return tl.where(seen, x, float("-inf"))
+
+
+@triton.jit
+def _chunks(candidates, first, column, count, LISTED: tl.constexpr):
+    """Chunk numbers of a block: the candidates from `first` on, or simply the chunks from `first` on."""
+    if LISTED:
+        return tl.load(candidates + first + column, mask=first + column < count, other=NO_CHUNK)
+    return first + column
+
+
+@triton.jit
+def _either(a, b):
+    return a | b
+
+
+@triton.jit
+def _any_row(flags, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Column by column, whether any row's flag is set, `[BLOCK]` of 0 and 1.
+
+    32 columns at a time travel as the bits of one integer: a sixteenth of the exchanges between threads.
+    """
+    bit = tl.arange(0, 32)
+    words = tl.sum(tl.reshape(flags, [ROWS, BLOCK // 32, 32]) << bit[None, None, :], 2)
+    words = tl.reduce(words, 0, _either)
+    return tl.reshape((words[:, None] >> bit[None, :]) & 1, [BLOCK])
+
+
+@triton.jit
+def _moments(x, peak, sum_1, sum_2):
+    """(row maximum, sums of exp(8 (x - m)) and exp(16 (x - m))) with a block of x more."""
+    DECAY: tl.constexpr = 11.541560327111707  # 8 log2(e)
+    new_peak = tl.maximum(peak, tl.max(x, 1))
+    shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+    rescale = tl.where(peak == float("-inf"), 0.0, tl.exp2(DECAY * (peak - shift)))
+    decayed = tl.exp2(DECAY * (x - shift[:, None]))
+    sum_1 = sum_1 * rescale + tl.sum(decayed, 1)
+    sum_2 = sum_2 * rescale * rescale + tl.sum(decayed * decayed, 1)
+    return new_peak, sum_1, sum_2
+
+
+@triton.jit
+def _guess(sum_1, sum_2, stride, empty):
+    """τ relative to the maximum from the two moments of every `stride`-th block; α = 1.5."""
+    order = tl.log2(tl.where(empty, 1.0, sum_1) / tl.where(empty, 1.0, sum_2))
+    order = tl.minimum(tl.maximum(order, 1e-3), 6.0)
+    log_a = tl.log(tl.where(empty, 1.0, sum_1 * stride)) + order * 2.0794415416798357  # ln 8
+    z = order + 3.0
+    log_gamma = (z - 0.5) * tl.log(z) - z + 0.9189385332046727 + 1.0 / (12.0 * z)  # Stirling
+    tau = -tl.exp((log_gamma - 0.6931471805599453 - log_a) / (order + 2.0))
+    tau = tl.minimum(tl.maximum(tau, -1.0), -1e-4)
+    return tau
+
+
+@triton.jit
+def _next(tau, low, high, count, s1, s2, power, near, empty, ALPHA_1_5: tl.constexpr):
+    """(next τ, and the bracket that it lies in)."""
+    excess = s2 - 1.0
+    low = tl.where(excess > 0, tl.maximum(low, tau), low)
+    high = tl.where(excess > 0, high, tl.minimum(high, tau))
+    # Newton on log s2 against log(−τ): its slope is power · s1 · (−τ) / s2.
+    safe = tl.maximum(s2, 1e-30)
+    slope = tl.maximum(power * s1 * -tau / safe, 1e-3)
+    new = tau * tl.exp(-tl.log(safe) / slope)
+    if ALPHA_1_5:
+        n = tl.maximum(count, 1.0)
+        root = s1 * s1 - n * excess
+        quadratic = tau + (s1 - tl.sqrt(tl.maximum(root, 0.0))) / n
+        new = tl.where((root >= 0) & (tl.abs(excess) < near), quadratic, new)
+    new = tl.where((new < low) | (new > high), 0.5 * (low + high), new)
+    new = tl.where(empty, tau, new)
+    return new, low, high
+
+
+@triton.jit
+def _chosen(total, chunk, own, previous, query_position, end_token, epsilon, FORCE_PREVIOUS: tl.constexpr):
+    """(chunks that a query attends, int32; those of them that its heads chose), `[T, BLOCK]`."""
+    chosen = (total > epsilon) & (chunk < own)[None, :]
+    routed = chosen
+    if FORCE_PREVIOUS:
+        chosen = chosen | (chunk == previous)[None, :]
+        routed = routed & (chunk != previous)[None, :]
+    return (chosen & (query_position < end_token)[:, None]).to(tl.int32), routed
+
+
+@triton.jit
+def _tile(
+    tile, query, summaries, padding, sequences, query_stride_b, query_stride_h, query_stride_n, tokens, known,
+    heads, kv_heads,
+    GROUP: tl.constexpr, HEADS: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, HEAD_DIM: tl.constexpr,
+    PADDED: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """(number of the KV head among all sequences', head and position of each row, which rows are real,
+    queries `[ROWS, D]`, the KV head's summaries, own chunk, the one before, first chunk and end of the
+    sequence); a program's KV head is the remainder of its number."""
+    ROWS: tl.constexpr = TILE * HEADS
+    index = tl.program_id(0) % heads
+    batch, kv_head = (index // kv_heads).to(tl.int64), (index % kv_heads).to(tl.int64)
+    row = tl.arange(0, ROWS)
+    head, position = row % HEADS, tile * TILE + row // HEADS
+    real = (head < GROUP) & (position < tokens)
+    dim = tl.arange(0, HEAD_DIM)
+    offset = (
+        batch * query_stride_b
+        + (kv_head * GROUP + head) * query_stride_h
+        + position.to(tl.int64) * query_stride_n
+    )
+    q = tl.load(query + offset[:, None] + dim[None, :], mask=real[:, None], other=0.0)
+    base = summaries + index.to(tl.int64) * known * HEAD_DIM
+    own = (tile * TILE) // CHUNK
+    first_chunk = 0
+    previous = own - 1
+    end_token = tokens
+    if PADDED:
+        first_chunk = tl.load(padding + batch) // CHUNK
+        real = real & (position >= tl.load(padding + batch))
+    if PACKED:
+        first_chunk = tl.load(sequences + own * 2)
+        end_token = tl.load(sequences + own * 2 + 1)
+        previous = tl.where(previous >= first_chunk, previous, -1)
+        real = real & (position < end_token)
+    return index, head, position, real, q, base, own, previous, first_chunk, end_token
+
+
+@triton.jit
+def _store_routing(
+    level, active, index, head, position, query_position, tau_out, active_out, tokens, GROUP: tl.constexpr
+):
+    """Thresholds of the rows and attended chunks of the queries, the own one included."""
+    tau_offset = (index.to(tl.int64) * GROUP + head) * tokens + position
+    tl.store(tau_out + tau_offset, level, mask=(head < GROUP) & (position < tokens))
+    tl.store(
+        active_out + index.to(tl.int64) * tokens + query_position, active + 1, mask=query_position < tokens
+    )
+
+
+@triton.jit(do_not_specialize=["tokens", "known", "tiles", "capacity", "words", "heads"])
+def route_kernel(
+    query, summaries, entries, counts, tau_out, mask_out, active_out, bias_out, padding, sequences,
+    query_stride_b, query_stride_h, query_stride_n,
+    tokens, known, tiles, capacity, words, heads, kv_heads, scale, power, epsilon, settled, near, max_passes,
+    inverse_sigma,
+    GROUP: tl.constexpr, HEADS: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK: tl.constexpr, ALPHA_1_5: tl.constexpr, COMPLETED: tl.constexpr, FORCE_PREVIOUS: tl.constexpr,
+    PADDED: tl.constexpr, PACKED: tl.constexpr, SAVE: tl.constexpr, COMPACT: tl.constexpr,
+    BIAS: tl.constexpr,
+):  # fmt: skip
+    """One program a tile and KV head; late tiles, which have most to do, first."""
+    ROWS: tl.constexpr = TILE * HEADS
+    BOUNDED: tl.constexpr = PADDED or PACKED
+    tile = tiles - 1 - tl.program_id(0) // heads
+    index, head, position, real, q, base, own, previous, first_chunk, end_token = _tile(
+        tile, query, summaries, padding, sequences, query_stride_b, query_stride_h, query_stride_n, tokens,
+        known, heads, kv_heads, GROUP, HEADS, TILE, CHUNK, HEAD_DIM, PADDED, PACKED,
+    )  # fmt: skip
+    dim = tl.arange(0, HEAD_DIM)
+    column = tl.arange(0, BLOCK)
+    # Chunks [first_chunk, row_limit) are visible to a row.
+    row_limit = tl.full([ROWS], own, tl.int32)
+    last = own
+    if COMPLETED:
+        row_limit = (position + 1) // CHUNK
+        last = ((tile + 1) * TILE) // CHUNK
+    row_limit = tl.where(real, tl.minimum(row_limit, known), 0)
+    last = tl.minimum(last, known)
+    start = (first_chunk // BLOCK) * BLOCK
+
+    list_base = entries + index.to(tl.int64) * capacity + tile_list_start(tile, CHUNK // TILE)
+    peak = tl.full([ROWS], float("-inf"), tl.float32)
+    sum_1 = tl.zeros([ROWS], tl.float32)
+    sum_2 = tl.zeros([ROWS], tl.float32)
+    stride = 1
+    if COMPACT:
+        blocks = tl.cdiv(last - start, BLOCK)
+        stride = tl.where(blocks >= 16, 4, tl.where(blocks >= 4, 2, 1))
+    skipped = ((last - start + BLOCK - 1) // BLOCK + stride - 1) % stride  # the last block is always read
+    for first in range(start + skipped * BLOCK, last, BLOCK * stride):
+        chunk = first + column
+        x = _scores(q, base, chunk, last, first_chunk, row_limit, dim, scale, HEAD_DIM, BOUNDED)
+        peak, sum_1, sum_2 = _moments(x, peak, sum_1, sum_2)
+    empty = peak == float("-inf")
+    # From here on everything is relative to the row's maximum, where fp32 is finest: τ is in [−1, 0).
+    peak = tl.where(empty, 0.0, peak)
+    tau = tl.full([ROWS], -1.0, tl.float32)
+    if ALPHA_1_5:
+        tau = _guess(sum_1, sum_2, stride, empty)
+    begin, end = start, last
+    if COMPACT:
+        sure = tl.where(empty, float("inf"), peak + tl.maximum(CAUTION * tau - CAUTION_ABSOLUTE, -1.0))
+        candidates = 0
+        complete = 0
+        count = tl.zeros([ROWS], tl.float32)
+        s1 = tl.zeros([ROWS], tl.float32)
+        s2 = tl.zeros([ROWS], tl.float32)
+        # The second guess is certain. Once complete, the inner loop is empty (a `while` with this body fails
+        # in Triton 3.6's compiler).
+        for _ in range(0, 2):
+            candidates = candidates * complete
+            count = count * complete
+            s1 = s1 * complete
+            s2 = s2 * complete
+            peak = tl.where(empty | (complete != 0), peak, float("-inf"))
+            for first in range(tl.where(complete != 0, last, start), last, BLOCK):
+                chunk = first + column
+                x = _scores(q, base, chunk, last, first_chunk, row_limit, dim, scale, HEAD_DIM, BOUNDED)
+                peak = tl.where(empty, peak, tl.maximum(peak, tl.max(x, 1)))
+                gap = tl.maximum(x - sure[:, None], 0.0)
+                above = (gap > 0).to(tl.int32)
+                count += tl.sum(above, 1).to(tl.float32)
+                s1 += tl.sum(gap, 1)
+                s2 += tl.sum(gap * gap, 1)
+                listed = _any_row(above, ROWS, BLOCK)
+                if FORCE_PREVIOUS:
+                    listed = listed | (chunk == previous).to(tl.int32)
+                slot = candidates + tl.cumsum(listed, 0) - listed
+                tl.store(list_base + slot, chunk, mask=listed != 0)
+                candidates += tl.sum(listed, 0)
+            below = (s2 >= 1.0) | empty
+            tangent = tl.where(s1 > 0, sure + (s2 - 1.0) / tl.where(s1 > 0, 2.0 * s1, 1.0), float("-inf"))
+            lower = tl.maximum(tangent, peak - 1.0)
+            sure = tl.where(below, sure, lower - BOUND_MARGIN * (1.0 + 0.01 * tl.abs(lower)))
+            complete = tl.min(below.to(tl.int32), 0)
+            # The list may be written once more now, or read, by other threads than wrote it.
+            tl.debug_barrier()
+        begin, end = 0, candidates
+        root = s1 * s1 - tl.maximum(count, 1.0) * (s2 - 1.0)
+        step = (s1 - tl.sqrt(tl.maximum(root, 0.0))) / tl.maximum(count, 1.0)
+        tau = tl.where(empty, -1.0, tl.minimum(tl.maximum(sure + step - peak, -1.0), -1e-4))
+    low = tl.full([ROWS], -1.0, tl.float32)
+    high = tl.zeros([ROWS], tl.float32)
+    moving = 1
+    passes = 0
+    while (moving > 0) & (passes < max_passes):
+        count = tl.zeros([ROWS], tl.float32)
+        s1 = tl.zeros([ROWS], tl.float32)
+        s2 = tl.zeros([ROWS], tl.float32)
+        for first in range(begin, end, BLOCK):
+            chunk = _chunks(list_base, first, column, end, COMPACT)
+            x = _scores(q, base, chunk, last, first_chunk, row_limit, dim, scale, HEAD_DIM, BOUNDED)
+            gap = tl.maximum((x - peak[:, None]) - tau[:, None], 0.0)
+            if ALPHA_1_5:
+                count += tl.sum((gap > 0).to(tl.float32), 1)
+                s1 += tl.sum(gap, 1)
+                s2 += tl.sum(gap * gap, 1)
+            else:
+                raised = tl.where(gap > 0, tl.exp2((power - 1.0) * tl.log2(tl.maximum(gap, 1e-30))), 0.0)
+                s1 += tl.sum(raised, 1)
+                s2 += tl.sum(raised * gap, 1)
+        new, low, high = _next(tau, low, high, count, s1, s2, power, near, empty, ALPHA_1_5)
+        moving = tl.max((tl.abs(new - tau) > settled).to(tl.int32), 0)
+        tau = new
+        passes += 1
+
+    level = peak + tau
+    level = tl.where(empty, float("inf"), level)
+    query_in_tile = tl.arange(0, TILE)
+    found = 0
+    active = tl.zeros([TILE], tl.int32)
+    log_sum = tl.zeros([TILE], tl.float32)
+    routed_chunks = tl.zeros([TILE], tl.float32)
+    bias_base = bias_out + (index.to(tl.int64) * capacity + tile_list_start(tile, CHUNK // TILE)) * TILE
+    query_position = tile * TILE + query_in_tile
+    mask_row = mask_out + (index.to(tl.int64) * tokens + query_position.to(tl.int64)) * words
+    bit = tl.arange(0, 32)
+    LISTED: tl.constexpr = COMPACT and not SAVE
+    if SAVE:  # the bit mask's words are written whole, so every visible chunk is looked at again
+        begin, end = start, own
+    elif not COMPACT:
+        end = own
+    for first in range(begin, end, BLOCK):
+        # The list overwrites the candidates: no further than they have been read.
+        chunk = _chunks(list_base, first, column, end, LISTED)
+        x = _scores(q, base, chunk, last, first_chunk, row_limit, dim, scale, HEAD_DIM, BOUNDED)
+        gap = tl.where(empty[:, None], 0.0, tl.maximum((x - peak[:, None]) - tau[:, None], 0.0))
+        if ALPHA_1_5:
+            weight = gap * gap
+        else:
+            weight = tl.where(gap > 0, tl.exp2(power * tl.log2(tl.maximum(gap, 1e-30))), 0.0)
+        total = tl.sum(tl.reshape(weight, [TILE, HEADS, BLOCK]), 1)  # [T, BLOCK], G times w
+        chosen, routed = _chosen(
+            total, chunk, own, previous, query_position, end_token, epsilon, FORCE_PREVIOUS
+        )
+        active += tl.sum(chosen, 1)
+        query_bits = tl.sum(chosen << query_in_tile[:, None], 0)
+        listed = (query_bits != 0).to(tl.int32)
+        slot = found + tl.cumsum(listed, 0) - listed
+        tl.store(list_base + slot, chunk | (query_bits << 16), mask=listed != 0)
+        if BIAS != 0:
+            log_w = tl.where(routed, tl.log(tl.where(routed, total, GROUP) / GROUP), 0.0)  # [T, BLOCK]
+            log_sum += tl.sum(log_w, 1)
+            routed_chunks += tl.sum(routed.to(tl.float32), 1)
+            at = slot.to(tl.int64)[None, :] * TILE + query_in_tile[:, None]
+            tl.store(bias_base + at, log_w, mask=(listed != 0)[None, :])
+        found += tl.sum(listed, 0)
+        if SAVE:
+            packed = tl.sum(tl.reshape(chosen, [TILE, BLOCK // 32, 32]) << bit[None, None, :], 2)
+            word = first // 32 + tl.arange(0, BLOCK // 32)
+            tl.store(
+                mask_row[:, None] + word[None, :],
+                packed,
+                mask=(query_position < tokens)[:, None] & (word < words)[None, :],
+            )
+    tl.store(counts + index.to(tl.int64) * tiles + tile, found)
+    if BIAS == 1:  # centred: the mean is known only now
+        tl.debug_barrier()
+        mean = log_sum / tl.maximum(routed_chunks, 1.0)
+        for first in range(0, found, BLOCK):
+            slot = first + column
+            chunk = tl.load(list_base + slot, mask=slot < found, other=0) & 0xFFFF
+            at = slot.to(tl.int64)[None, :] * TILE + query_in_tile[:, None]
+            log_w = tl.load(bias_base + at, mask=(slot < found)[None, :], other=0.0)
+            b = (log_w - mean[:, None]) * inverse_sigma
+            if FORCE_PREVIOUS:
+                b = tl.where((chunk == previous)[None, :], 0.0, b)
+            tl.store(bias_base + at, b, mask=(slot < found)[None, :])
+    if SAVE:
+        # Words before the first visible chunk and behind the own one hold nothing.
+        done = tl.maximum(tl.cdiv(own, BLOCK) * (BLOCK // 32), start // 32)
+        nothing = tl.zeros([TILE, 32], tl.int32)
+        inside = (query_position < tokens)[:, None]
+        if BOUNDED:
+            for first in range(0, start // 32, 32):
+                word = first + bit
+                here = inside & (word < start // 32)[None, :]
+                tl.store(mask_row[:, None] + word[None, :], nothing, mask=here)
+        for first in range(done, words, 32):
+            word = first + bit
+            tl.store(mask_row[:, None] + word[None, :], nothing, mask=inside & (word < words)[None, :])
+        _store_routing(
+            level, active, index, head, position, query_position, tau_out, active_out, tokens, GROUP
+        )
+
+
+@triton.jit
+def _route_resident(
+    tile, index, head, position, real, q, base, own, previous, first_chunk, end_token,
+    entries, counts, tau_out, mask_out, active_out, bias_out,
+    tokens, known, tiles, capacity, words, scale, epsilon, settled, near, max_passes, inverse_sigma,
+    GROUP: tl.constexpr, HEADS: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, HEAD_DIM: tl.constexpr,
+    RESIDENT: tl.constexpr, FORCE_PREVIOUS: tl.constexpr, BOUNDED: tl.constexpr, SAVE: tl.constexpr,
+    BIAS: tl.constexpr,
+):  # fmt: skip
+    """Routes a tile with at most RESIDENT chunks before its own."""
+    ROWS: tl.constexpr = TILE * HEADS
+    chunk = tl.arange(0, RESIDENT)
+    row_limit = tl.where(real, tl.minimum(own, known), 0)
+    x = _scores(
+        q, base, chunk, tl.minimum(own, known), first_chunk, row_limit, tl.arange(0, HEAD_DIM), scale,
+        HEAD_DIM, BOUNDED,
+    )  # fmt: skip
+    nothing = tl.zeros([ROWS], tl.float32)
+    peak, sum_1, sum_2 = _moments(x, tl.full([ROWS], float("-inf"), tl.float32), nothing, nothing)
+    empty = peak == float("-inf")
+    peak = tl.where(empty, 0.0, peak)
+    x -= peak[:, None]
+    tau = _guess(sum_1, sum_2, 1, empty)
+    low = tl.full([ROWS], -1.0, tl.float32)
+    high = nothing
+    moving = 1
+    passes = 0
+    while (moving > 0) & (passes < max_passes):
+        gap = tl.maximum(x - tau[:, None], 0.0)
+        count, s1, s2 = tl.sum(tl.where(gap > 0, 1.0, 0.0), 1), tl.sum(gap, 1), tl.sum(gap * gap, 1)
+        new, low, high = _next(tau, low, high, count, s1, s2, 2.0, near, empty, True)
+        moving = tl.max((tl.abs(new - tau) > settled).to(tl.int32), 0)
+        tau = new
+        passes += 1
+
+    query_in_tile = tl.arange(0, TILE)
+    query_position = tile * TILE + query_in_tile
+    gap = tl.where(empty[:, None], 0.0, tl.maximum(x - tau[:, None], 0.0))
+    total = tl.sum(tl.reshape(gap * gap, [TILE, HEADS, RESIDENT]), 1)  # [T, RESIDENT], G times w
+    chosen, routed = _chosen(total, chunk, own, previous, query_position, end_token, epsilon, FORCE_PREVIOUS)
+    query_bits = tl.sum(chosen << query_in_tile[:, None], 0)
+    listed = (query_bits != 0).to(tl.int32)
+    slot = tl.cumsum(listed, 0) - listed
+    list_start = index.to(tl.int64) * capacity + tile_list_start(tile, CHUNK // TILE)
+    tl.store(entries + list_start + slot, chunk | (query_bits << 16), mask=listed != 0)
+    tl.store(counts + index.to(tl.int64) * tiles + tile, tl.sum(listed, 0))
+    if BIAS != 0:
+        b = tl.where(routed, tl.log(tl.where(routed, total, GROUP) / GROUP), 0.0)
+        if BIAS == 1:
+            mean = tl.sum(b, 1) / tl.maximum(tl.sum(routed.to(tl.float32), 1), 1.0)
+            b = (b - mean[:, None]) * inverse_sigma
+            if FORCE_PREVIOUS:
+                b = tl.where((chunk == previous)[None, :], 0.0, b)
+        at = (list_start + slot)[None, :] * TILE + query_in_tile[:, None]
+        tl.store(bias_out + at, b, mask=(listed != 0)[None, :])
+    if SAVE:
+        bit = tl.arange(0, 32)
+        packed = tl.sum(tl.reshape(chosen, [TILE, RESIDENT // 32, 32]) << bit[None, None, :], 2)
+        inside = (query_position < tokens)[:, None]
+        mask_row = mask_out + (index.to(tl.int64) * tokens + query_position.to(tl.int64)) * words
+        word = tl.arange(0, RESIDENT // 32)
+        tl.store(mask_row[:, None] + word[None, :], packed, mask=inside & (word < words)[None, :])
+        for first in range(RESIDENT // 32, words, 32):
+            here = inside & (first + bit < words)[None, :]
+            tl.store(mask_row[:, None] + (first + bit)[None, :], tl.zeros([TILE, 32], tl.int32), mask=here)
+        level = tl.where(empty, float("inf"), peak + tau)
+        _store_routing(
+            level,
+            tl.sum(chosen, 1),
+            index,
+            head,
+            position,
+            query_position,
+            tau_out,
+            active_out,
+            tokens,
+            GROUP,
+        )
+
+
+@triton.jit(do_not_specialize=["tokens", "known", "tiles", "short_tiles", "capacity", "words", "heads"])
+def route_short_kernel(
+    query, summaries, entries, counts, tau_out, mask_out, active_out, bias_out, padding, sequences,
+    query_stride_b, query_stride_h, query_stride_n,
+    tokens, known, tiles, short_tiles, capacity, words, heads, kv_heads, scale, epsilon, settled, near,
+    max_passes, inverse_sigma,
+    GROUP: tl.constexpr, HEADS: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, HEAD_DIM: tl.constexpr,
+    RESIDENT: tl.constexpr, FORCE_PREVIOUS: tl.constexpr, PADDED: tl.constexpr, PACKED: tl.constexpr,
+    SAVE: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """One program a tile and KV head; late tiles first. α = 1.5; a tile sees the chunks before its own.
+
+    A pass costs what the width costs, so tiles of few chunks have narrower ones.
+    """
+    BOUNDED: tl.constexpr = PADDED or PACKED
+    tile = short_tiles - 1 - tl.program_id(0) // heads
+    index, head, position, real, q, base, own, previous, first_chunk, end_token = _tile(
+        tile, query, summaries, padding, sequences, query_stride_b, query_stride_h, query_stride_n, tokens,
+        known, heads, kv_heads, GROUP, HEADS, TILE, CHUNK, HEAD_DIM, PADDED, PACKED,
+    )  # fmt: skip
+    if own <= RESIDENT // 4:
+        _route_resident(
+            tile, index, head, position, real, q, base, own, previous, first_chunk, end_token,
+            entries, counts, tau_out, mask_out, active_out, bias_out,
+            tokens, known, tiles, capacity, words, scale, epsilon, settled, near, max_passes, inverse_sigma,
+            GROUP, HEADS, TILE, CHUNK, HEAD_DIM, RESIDENT // 4, FORCE_PREVIOUS, BOUNDED, SAVE, BIAS,
+        )  # fmt: skip
+    elif own <= RESIDENT // 2:
+        _route_resident(
+            tile, index, head, position, real, q, base, own, previous, first_chunk, end_token,
+            entries, counts, tau_out, mask_out, active_out, bias_out,
+            tokens, known, tiles, capacity, words, scale, epsilon, settled, near, max_passes, inverse_sigma,
+            GROUP, HEADS, TILE, CHUNK, HEAD_DIM, RESIDENT // 2, FORCE_PREVIOUS, BOUNDED, SAVE, BIAS,
+        )  # fmt: skip
+    else:
+        _route_resident(
+            tile, index, head, position, real, q, base, own, previous, first_chunk, end_token,
+            entries, counts, tau_out, mask_out, active_out, bias_out,
+            tokens, known, tiles, capacity, words, scale, epsilon, settled, near, max_passes, inverse_sigma,
+            GROUP, HEADS, TILE, CHUNK, HEAD_DIM, RESIDENT, FORCE_PREVIOUS, BOUNDED, SAVE, BIAS,
+        )  # fmt: skip
