@@ -8,7 +8,7 @@ from dashbench.kernels.attend import block_sparse_attention, kernel_for, routes_
 from dashbench.kernels.dash import dash_attention
 from dashbench.kernels.reference import DashOptions, route, summarize
 from dashbench.kernels.reference import dash_attention as specified
-from dashbench.kernels.route import route_chunks
+from dashbench.kernels.route import RESIDENT, route_chunks
 from dashbench.kernels.summarize import summarize_chunks
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -89,7 +89,7 @@ def check_routes(q, k, s, options, margin=1e-5, **more):
 
 @pytest.mark.parametrize("n", [1, 15, 16, 17, 32, 75])
 @pytest.mark.parametrize("group", [1, 4])
-@pytest.mark.parametrize("resident", [None, 0])
+@pytest.mark.parametrize("resident", [RESIDENT, 0])
 def test_routing_equals_the_exact_support(n, group, resident):
     q, k, _, s = planted(n, group=group, seed=n)
     mask = check_routes(q, k, s, DashOptions(chunk_size=16, scaling_factor=1.0), resident=resident)
@@ -119,9 +119,9 @@ def test_lists_from_candidates_equal_lists_from_all_chunks(padding, forced):
     saved, found, plain = (
         route_chunks(q, summaries, chunk, forced=forced, left_padding=pad, **more)
         for more in (
-            {"save": True, "compact": True, "resident": 0},
-            {"compact": True, "resident": 0},
-            {"compact": False, "resident": 0},
+            {"save": True, "compact": True},
+            {"compact": True},
+            {"compact": False},
         )
     )
     mask = unpack(saved.mask, chunks)
@@ -154,7 +154,7 @@ def test_scores_kept_in_registers_route_like_scores_read_again(forced, bias_mode
     }  # fmt: skip
     summaries = summarize_chunks(k, s, chunk, pad)
     again, short, both = (
-        route_chunks(q, summaries, chunk, resident=resident, **options) for resident in (0, None, 3)
+        route_chunks(q, summaries, chunk, resident=resident, **options) for resident in (0, RESIDENT, 3)
     )
     mask = unpack(again.mask, chunks)
     assert 0.02 < float(mask.float().mean()) < 0.6
@@ -186,11 +186,11 @@ def test_scores_kept_in_registers_route_like_scores_read_again(forced, bias_mode
 def test_scores_kept_in_registers_on_a_gpu(n, save):
     q, k, _, s = planted(n, 1, 2, 16, 128, 64, strength=2.0)
     summaries = summarize_chunks(k, s, 64)
-    again, short = (route_chunks(q, summaries, 64, save=save, resident=r) for r in (0, None))
+    again, short = (route_chunks(q, summaries, 64, save=save, resident=r) for r in (0, RESIDENT))
     differ = (again.counts != short.counts).float().mean()
     assert float(differ) < 1e-3  # chunks on the threshold
     if save:
-        check_routes(q, k, s, DashOptions(), margin=1e-4)
+        check_routes(q, k, s, DashOptions(), margin=1e-4, resident=RESIDENT)
 
 
 def test_flat_logits_route_everywhere():
