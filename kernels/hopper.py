@@ -180,18 +180,20 @@ def take_query(buffers, n, PART: gl.constexpr, ROWS: gl.constexpr, HEAD_DIM: gl.
 def free_query(buffers, PART: gl.constexpr):
     """A consumer: its query buffer is free, once a product with the rows is issued and not before: loads that
     nothing has waited for can be overtaken by the copy engine's next tile (LOG.md, The rivals 3)."""
-    mbarrier.arrive(buffers[2].index(PART), count=1)
+    _, _, empty = buffers
+    mbarrier.arrive(empty.index(PART), count=1)
 
 
 @gluon.jit
 def scores_of_first(q, zero, rings, turn, STAGES: gl.constexpr):
     """QKᵀ of a tile's first block, which is block `turn`."""
+    key_ring, _, key_full, _, key_empty, _ = rings
     slot = turn % STAGES
-    k = rings[0].index(slot).reshape([zero.shape[1], q.shape[1]])
-    mbarrier.wait(rings[2].index(slot), (turn // STAGES) & 1)
+    k = key_ring.index(slot).reshape([zero.shape[1], q.shape[1]])
+    mbarrier.wait(key_full.index(slot), (turn // STAGES) & 1)
     s = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(0, deps=(s,))
-    mbarrier.arrive(rings[4].index(slot), count=1)
+    mbarrier.arrive(key_empty.index(slot), count=1)
     return s
 
 
@@ -214,10 +216,11 @@ def scores_while_pending(q, zero, p, accumulator, rings, turn, STAGES: gl.conste
 @gluon.jit
 def weigh_values(weights, rescale, total, p, o_token, rings, turn, STAGES: gl.constexpr):
     """(softmax sum with block `turn`, accumulator up to the block before, weights as an operand)."""
+    _, _, _, _, _, value_empty = rings
     total = total * rescale + gl.sum(weights, 1)
     p_next = gl.convert_layout(weights.to(p.dtype), p.type.layout)
     accumulator, _ = warpgroup_mma_wait(0, deps=(o_token, p))
-    mbarrier.arrive(rings[5].index((turn - 1) % STAGES), count=1)
+    mbarrier.arrive(value_empty.index((turn - 1) % STAGES), count=1)
     rescale = gl.convert_layout(rescale, gl.SliceLayout(1, accumulator.type.layout))
     return total, accumulator * rescale[:, None], p_next
 
@@ -225,12 +228,13 @@ def weigh_values(weights, rescale, total, p, o_token, rings, turn, STAGES: gl.co
 @gluon.jit
 def weigh_last(p, accumulator, rings, turn, STAGES: gl.constexpr):
     """The accumulator with the values of a tile's last block, which is block `turn`."""
+    _, value_ring, _, value_full, _, value_empty = rings
     slot = turn % STAGES
-    v = rings[1].index(slot).reshape([p.shape[1], accumulator.shape[1]])
-    mbarrier.wait(rings[3].index(slot), (turn // STAGES) & 1)
+    v = value_ring.index(slot).reshape([p.shape[1], accumulator.shape[1]])
+    mbarrier.wait(value_full.index(slot), (turn // STAGES) & 1)
     accumulator = warpgroup_mma(p, v, accumulator, is_async=True)
     accumulator = warpgroup_mma_wait(0, deps=(accumulator,))
-    mbarrier.arrive(rings[5].index(slot), count=1)
+    mbarrier.arrive(value_empty.index(slot), count=1)
     return accumulator
 
 
@@ -251,9 +255,10 @@ def give_rows(result, out_descriptor, buffers, n, batch, head, first, PART: gl.c
 @gluon.jit
 def free_output(buffers, n, PART: gl.constexpr, ONTO: gl.constexpr):
     """A consumer: waits until the rows of the tile before tile `n` have left its buffer."""
+    _, _, empty = buffers
     tma.store_wait(0)
     if ONTO:
-        mbarrier.arrive(buffers[2].index(PART), count=1, pred=n > 0)
+        mbarrier.arrive(empty.index(PART), count=1, pred=n > 0)
 
 
 @gluon.jit
@@ -270,8 +275,10 @@ def store_lse(lse, base, stride_h, peak, total, first, rows, QUERIES: gl.constex
 
 
 @gluon.jit
-def load_gate(gate, strides, batch, head, first, rows, QUERIES: gl.constexpr, ROWS: gl.constexpr,
-              LAYOUT: gl.constexpr):  # fmt: skip
+def load_gate(
+    gate, strides, batch, head, first, rows,
+    QUERIES: gl.constexpr, ROWS: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
     """The gates of a consumer's rows, fp32."""
     row = gl.arange(0, ROWS, LAYOUT)
     offset = batch.to(gl.int64) * strides[0] + (head + row // QUERIES).to(gl.int64) * strides[1]

@@ -28,7 +28,7 @@ from dashbench.kernels.hopper import place_of, work_count
 
 LOG2_E = 1.4426950408889634
 WINDOWS = 64
-"""Of a block, one warpgroup's matrix instruction; a block of four cells has a sixteenth as many blocks."""
+"""Of a step, one warpgroup's matrix instruction: four windows for each of sixteen blocks of tokens."""
 STAGES = 6
 """Blocks of compressed keys in flight: 6 × 16 KiB at D = 128, beside two tiles of queries."""
 
@@ -142,8 +142,8 @@ def _consume(
         mbarrier.wait(query_full.index(half), (n >> 1) & 1)
         if mine < blocks:
             place = (level, limit, base, width, tile * TILE, rows, scale_log2)
-            # While one product is turned into weights the next is under way.
-            # As results in flight cannot move between registers, they have two places and the loop two turns.
+            # While one product is turned into weights the next is under way. Results in flight cannot move
+            # between registers: they have two places, and the loop two turns.
             even = _product(q, zero, ring, key_full, turn + mine, STAGES)
             for j in range(mine + 2, blocks - 2, 4):
                 odd = _product(q, zero, ring, key_full, turn + j, STAGES)
