@@ -439,12 +439,17 @@ def test_tiles_of_few_chunks_do_not_see_each_others_queries():
         return route_chunks(query, summaries, 64, scaling_factor=1000.0)
 
     assert 1 < float(routes().counts.float().mean()) < 3
+    gate, before = torch.rand_like(query[..., 0]), torch.randn_like(query)
     expected = block_sparse_attention(query, key, value, routes(), kernel="portable")[0].float()
-    wrong = torch.zeros((), dtype=torch.long, device="cuda")
+    summed = before.float() + gate.float()[..., None] * expected
+    wrong = torch.zeros(2, dtype=torch.long, device="cuda")
     for _ in range(300):
         out = block_sparse_attention(query, key, value, routes(), kernel="hopper")[0].float()
-        wrong += ((out - expected).norm(dim=-1) > 0.05 * expected.norm(dim=-1)).sum()
-    assert int(wrong) == 0
+        wrong[0] += ((out - expected).norm(dim=-1) > 0.05 * expected.norm(dim=-1)).sum()
+        onto = before.clone()
+        block_sparse_attention(query, key, value, routes(), gate=gate, onto=onto, kernel="hopper")
+        wrong[1] += ((onto.float() - summed).norm(dim=-1) > 0.05 * expected.norm(dim=-1)).sum()
+    assert wrong.tolist() == [0, 0]
 
 
 def dispatch_lines():
