@@ -448,7 +448,8 @@ def test_tiles_of_few_chunks_do_not_see_each_others_queries():
         wrong[0] += ((out - expected).norm(dim=-1) > 0.05 * expected.norm(dim=-1)).sum()
         onto = before.clone()
         block_sparse_attention(query, key, value, routes(), gate=gate, onto=onto, kernel="hopper")
-        wrong[1] += ((onto.float() - summed).norm(dim=-1) > 0.05 * expected.norm(dim=-1)).sum()
+        allowed = 0.05 * expected.norm(dim=-1) + 0.01 * summed.norm(dim=-1)  # the sum is rounded
+        wrong[1] += ((onto.float() - summed).norm(dim=-1) > allowed).sum()
     assert wrong.tolist() == [0, 0]
 
 
