@@ -157,11 +157,12 @@ def kernel_for(
     value: torch.Tensor,
     routes: Routes,
     left_padding: torch.Tensor | None = None,
+    onto: torch.Tensor | None = None,
 ) -> str:
     """`hopper` or `portable`: which kernel `block_sparse_attention` runs for these inputs."""
     from dashbench.kernels import attend_hopper
 
-    return "hopper" if attend_hopper.supports(query, key, value, routes, left_padding) else "portable"
+    return "hopper" if attend_hopper.supports(query, key, value, routes, left_padding, onto) else "portable"
 
 
 def block_sparse_attention(
@@ -218,7 +219,7 @@ def block_sparse_attention(
         )
         return out, lse
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-    if (kernel or kernel_for(query, key, value, routes, left_padding)) == "hopper":
+    if (kernel or kernel_for(query, key, value, routes, left_padding, onto)) == "hopper":
         from dashbench.kernels.attend_hopper import attend_hopper
 
         return attend_hopper(query, key, value, routes, gate, onto)

@@ -44,12 +44,13 @@ def supports(
     value: torch.Tensor,
     routes: Routes,
     left_padding: torch.Tensor | None,
+    onto: torch.Tensor | None = None,
 ) -> bool:
     """Whether this kernel takes these inputs: what `hopper.supports` says, C = 64 and no padding."""
     return (
         left_padding is None
         and routes.chunk_size == hopper.BLOCK
-        and hopper.supports(query, key, value, routes.tile)
+        and hopper.supports(query, key, value, routes.tile, onto)
     )
 
 

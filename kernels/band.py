@@ -173,12 +173,14 @@ def _checked(query: torch.Tensor, key: torch.Tensor) -> int:
     return heads // kv_heads
 
 
-def kernel_for_band(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor | None) -> str:
+def kernel_for_band(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor | None, onto: torch.Tensor | None = None
+) -> str:
     """`hopper` or `portable`: which kernel `band_forward` runs for these inputs."""
     from dashbench.kernels import hopper
 
     tile = hopper.CONSUMERS * hopper.ROWS // (query.shape[1] // key.shape[1])
-    return "hopper" if value is not None and hopper.supports(query, key, value, tile) else "portable"
+    return "hopper" if value is not None and hopper.supports(query, key, value, tile, onto) else "portable"
 
 
 def band_forward(
@@ -224,7 +226,7 @@ def band_forward(
         lse.fill_(float("inf"))
         return (None if value is None else onto if onto is not None else torch.zeros_like(query)), lse
     query = query if query.stride(-1) == 1 else query.contiguous()
-    if (kernel or kernel_for_band(query, key, value)) == "hopper":
+    if (kernel or kernel_for_band(query, key, value, onto)) == "hopper":
         from dashbench.kernels.band_hopper import band_hopper
 
         return band_hopper(query, key, value, band, start, lse, gate, onto), lse

@@ -38,18 +38,21 @@ STAGES = 4
 """Slots of the rings: 4 × 32 KiB at D = 128, beside 64 KiB of queries and outputs."""
 
 
-def supports(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tile: int) -> bool:
-    """Whether these kernels take the inputs: Hopper, bf16 or fp16, D = 128, G · T = 128, and strides that the
-    copy engine takes."""
+def supports(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tile: int, onto: torch.Tensor | None = None
+) -> bool:
+    """Whether these kernels take the inputs: Hopper, all bf16 or all fp16, D = 128, G · T = 128, and strides
+    that the copy engine takes."""
+    tensors = (query, key, value, query if onto is None else onto)
     group = query.shape[1] // key.shape[1]
     return (
         query.is_cuda
         and torch.cuda.get_device_capability(query.device)[0] == 9
         and query.dtype in (torch.bfloat16, torch.float16)
+        and all(x.dtype == query.dtype and _bulk_copied(x) for x in tensors)
         and query.shape[-1] == 128
         and group * tile == CONSUMERS * ROWS
         and tile % CONSUMERS == 0
-        and all(map(_bulk_copied, (query, key, value)))
     )
 
 

@@ -213,8 +213,11 @@ def kernel_for_scores(query: torch.Tensor, compressed: torch.Tensor) -> str:
     """`hopper` or `portable`: which kernel `select_blocks` runs for these inputs."""
     from dashbench.kernels import hopper
 
-    tile = hopper.CONSUMERS * hopper.ROWS // (query.shape[1] // compressed.shape[1])
-    return "hopper" if hopper.supports(query, compressed, compressed, tile) else "portable"
+    group = query.shape[1] // compressed.shape[1]
+    tile = hopper.CONSUMERS * hopper.ROWS // group
+    # Smaller groups have too many sums for their registers.
+    taken = group >= 8 and hopper.supports(query, compressed, compressed, tile)
+    return "hopper" if taken else "portable"
 
 
 def select_blocks(

@@ -87,6 +87,22 @@ def test_no_gradients_beside_gates(given):
         band_attention(query.requires_grad_(), key, value, Band(window=4), **{given: other})
 
 
+def test_what_the_hopper_kernels_take(monkeypatch):
+    """One dtype, and strides and beginnings that the copy engine takes, of the output too."""
+    query, key, value = (x.to(torch.bfloat16) for x in inputs(1, 2, 16, 20, 20, 128))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    assert kernel_for_band(query, key, value) == "hopper"
+    assert kernel_for_band(query, key, value, torch.empty_like(query)) == "hopper"
+    assert kernel_for_band(query, key, None) == "portable"
+    assert kernel_for_band(query, key, value.half()) == "portable"
+    assert kernel_for_band(query, key.half(), value.half()) == "portable"
+    shifted = torch.empty(query.numel() + 1, dtype=query.dtype, device=query.device)[1:].view_as(query)
+    assert kernel_for_band(query, key, value, shifted) == "portable"
+    odd = torch.empty(1, 2, 20, 132, dtype=query.dtype, device=query.device)[..., :128]
+    assert kernel_for_band(query, odd, value) == "portable"
+
+
 def test_strided_heads_first_or_last_give_the_same():
     query, key, value = inputs(2, 2, 2, 40, 33)
     out, _ = band_forward(query, key, value, Band(8, 1), 0)
