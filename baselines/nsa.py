@@ -150,22 +150,17 @@ def _attend(
         step = _step(problem, compressed_key, compressed_value, choice, window, gates)
         return step.run(), step.counts.transpose(1, 2)
     band, group = Band(2 * stride, stride), query.shape[1] // key.shape[1]
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, gates)):
-        out, lse = band_attention(query, compressed_key, compressed_value, band)
-        mask, active = select(query, compressed_key, lse, choice)
-        outputs = [out, block_sparse_attention(query, key, value, routes_of_mask(mask, block, group))[0]]
-        if window:
-            outputs.append(band_attention(query, key, value, Band(window=window))[0])
-        return gated_sum(gates, *outputs), active
-    # Without gradients nobody needs the branches one by one: each adds its share to one output.
-    gate = gates.unbind(-1)
+    # Gradients need the branches one by one; else each adds its gated output to one tensor.
+    apart = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, gates))
+    gate = (None, None, None) if apart else gates.unbind(-1)
     out, lse = band_attention(query, compressed_key, compressed_value, band, gate=gate[0])
+    onto = None if apart else out
     mask, active = select(query, compressed_key, lse, choice)
     routes = routes_of_mask(mask, block, group)
-    block_sparse_attention(query, key, value, routes, gate=gate[1], onto=out)
+    outputs = [out, block_sparse_attention(query, key, value, routes, gate=gate[1], onto=onto)[0]]
     if window:
-        band_attention(query, key, value, Band(window=window), gate=gate[2], onto=out)
-    return out, active
+        outputs.append(band_attention(query, key, value, Band(window=window), gate=gate[2], onto=onto)[0])
+    return gated_sum(gates, *outputs) if apart else out, active
 
 
 def _step(problem: Problem, compressed_key, compressed_value, choice, window: int, gates, **launch):

@@ -22,7 +22,7 @@ import triton.language as tl
 
 from dashbench.kernels.backward import with_gradients
 from dashbench.kernels.backward_lists import list_capacity, tile_list_start, tile_lists
-from dashbench.kernels.gated_sum import gated_onto, no_gradients_beside_gates
+from dashbench.kernels.gated_sum import gate_and_strides, gated_onto, no_gradients_beside_gates
 from dashbench.kernels.route import Routes, tile_size
 from dashbench.kernels.tuning import choose, setting_of
 
@@ -229,14 +229,15 @@ def block_sparse_attention(
     tiles = triton.cdiv(tokens, tile)
     out = torch.empty_like(query) if onto is None else onto
     lse = torch.empty(batch, heads, tokens, dtype=torch.float32, device=query.device)
+    gates, gate_strides = gate_and_strides(gate, lse)
     rows = tile * padded_heads
     chosen = choose("attend", setting_of(query, kv_heads, chunk_size)) if launch is None else launch
     _attend_kernel[(tiles * batch * kv_heads,)](
         query, key, value, out, lse, routes.entries, routes.counts,
         routes.bias if routes.bias is not None else lse,
-        left_padding if left_padding is not None else routes.counts, lse if gate is None else gate,
+        left_padding if left_padding is not None else routes.counts, gates,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
-        *((0, 0, 0) if gate is None else gate.stride()),
+        *gate_strides,
         tokens, tiles, list_capacity(tokens, chunk_size, tile), kv_heads, dim**-0.5 * LOG2_E,
         GROUP=group, HEADS=padded_heads, TILE=tile, CHUNK=chunk_size, HEAD_DIM=dim,
         PADDED=left_padding is not None, BIAS=routes.bias is not None, GATED=gate is not None,

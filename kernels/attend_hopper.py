@@ -16,6 +16,7 @@ from triton.experimental.gluon import language as gl
 
 from dashbench.kernels import hopper
 from dashbench.kernels.backward_lists import list_capacity
+from dashbench.kernels.gated_sum import gate_and_strides
 from dashbench.kernels.hopper import (
     bring_block,
     bring_tile,
@@ -230,11 +231,12 @@ def attend_hopper(
     out = torch.empty_like(query) if onto is None else onto
     lse = torch.empty(batch, heads, tokens, dtype=torch.float32, device=query.device)
     tiles = triton.cdiv(tokens, tile)
+    gates, gate_strides = gate_and_strides(gate, lse)
     boxes = [hopper.descriptor(x, group, tile // hopper.CONSUMERS) for x in (query, out)]
     _attend_kernel[(hopper.programs(tiles * batch * kv_heads, query.device),)](
         boxes[0], *(hopper.descriptor(x, 1, routes.chunk_size) for x in (key, value)), boxes[1], lse,
         routes.entries, routes.counts, routes.bias if routes.bias is not None else lse,
-        lse if gate is None else gate, *((0, 0, 0) if gate is None else gate.stride()),
+        gates, *gate_strides,
         batch * kv_heads, tokens, tiles, list_capacity(tokens, routes.chunk_size, tile), kv_heads,
         dim**-0.5 * LOG2_E,
         GROUP=group, TILE=tile, HEAD_DIM=dim, CHUNK=routes.chunk_size, STAGES=hopper.STAGES,

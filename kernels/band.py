@@ -24,7 +24,7 @@ import triton.language as tl
 
 from dashbench.kernels.backward import _bulk, _rows
 from dashbench.kernels.band_backward import band_gradients
-from dashbench.kernels.gated_sum import gated_onto, no_gradients_beside_gates
+from dashbench.kernels.gated_sum import gate_and_strides, gated_onto, no_gradients_beside_gates
 
 LOG2_E = 1.4426950408889634
 
@@ -179,7 +179,7 @@ def kernel_for_band(
     """`hopper` or `portable`: which kernel `band_forward` runs for these inputs."""
     from dashbench.kernels import hopper
 
-    tile = hopper.CONSUMERS * hopper.ROWS // (query.shape[1] // key.shape[1])
+    tile = hopper.tile_of(query.shape[1] // key.shape[1])
     return "hopper" if value is not None and hopper.supports(query, key, value, tile, onto) else "portable"
 
 
@@ -239,9 +239,10 @@ def band_forward(
     boxes = [_bulk(_rows(x), [1, 1, settings["BLOCK"], dim]) for x in (key, value) if x is not None]
     out = None if value is None else torch.empty_like(query) if onto is None else onto
     strides = (0, 0, 0) if out is None else out.stride()[:3]
+    gates, gate_strides = gate_and_strides(gate, lse)
     _band_kernel[(tiles * batch * kv_heads,)](
-        query, boxes[0], boxes[-1], query if out is None else out, lse, lse if gate is None else gate,
-        *query.stride()[:3], *strides, lse.stride(1), *((0, 0, 0) if gate is None else gate.stride()),
+        query, boxes[0], boxes[-1], query if out is None else out, lse, gates,
+        *query.stride()[:3], *strides, lse.stride(1), *gate_strides,
         rows, count, start, tiles, kv_heads, band.window, dim**-0.5 * LOG2_E,
         GROUP=group, HEADS=padded, TILE=tile, HEAD_DIM=dim, KERNEL=band.kernel, STRIDE=band.stride,
         WINDOW=band.window > 0, VALUES=value is not None, GATED=gate is not None, ONTO=onto is not None,

@@ -19,6 +19,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from dashbench.kernels import hopper
+from dashbench.kernels.gated_sum import gate_and_strides
 from dashbench.kernels.hopper import (
     bring_block,
     bring_tile,
@@ -243,14 +244,15 @@ def band_hopper(
     batch, heads, rows, dim = query.shape
     kv_heads, count = key.shape[1], key.shape[2]
     group = heads // kv_heads
-    tile = hopper.CONSUMERS * hopper.ROWS // group
+    tile = hopper.tile_of(group)
     tiles = triton.cdiv(rows, tile)
     out = torch.empty_like(query) if onto is None else onto
+    gates, gate_strides = gate_and_strides(gate, lse)
     boxes = [hopper.descriptor(x, group, tile // hopper.CONSUMERS) for x in (query, out)]
     pairs = [hopper.descriptor(x, 1, hopper.BLOCK) for x in (key, value)]
     _band_kernel[(hopper.programs(tiles * batch * kv_heads, query.device),)](
         boxes[0], *pairs, boxes[1], lse,
-        lse.stride(1), lse if gate is None else gate, *((0, 0, 0) if gate is None else gate.stride()),
+        lse.stride(1), gates, *gate_strides,
         batch * kv_heads, rows, count, start, tiles, kv_heads, band.window, dim**-0.5 * LOG2_E,
         GROUP=group, TILE=tile, HEAD_DIM=dim, BLOCK=hopper.BLOCK, KERNEL=band.kernel, STRIDE=band.stride,
         WINDOW=band.window > 0, STAGES=hopper.STAGES, GATED=gate is not None, ONTO=onto is not None,

@@ -14,6 +14,8 @@ A contiguous cache is one page a sequence.
 import triton
 import triton.language as tl
 
+from dashbench.kernels.route_kernels import first_threshold
+
 EPSILON = tl.constexpr(1e-20)
 LOG2_E = tl.constexpr(1.4426950408889634)
 DECAY = tl.constexpr(11.541560327111707)  # 8 log2(e)
@@ -240,17 +242,6 @@ def _power_sums(x, threshold, power, ALPHA_IS_1_5: tl.constexpr):
 
 
 @triton.jit
-def _first_threshold(decayed, decayed_twice):
-    """τ below the maximum from Σ exp(8 (x − max)) and Σ exp(16 (x − max)); see `route`, pass 1."""
-    order = tl.minimum(tl.maximum(tl.log2(decayed / decayed_twice), 1e-3), 6.0)
-    log_a = tl.log(decayed) + order * 2.0794415416798357  # ln 8
-    z = order + 3.0
-    log_gamma = (z - 0.5) * tl.log(z) - z + 0.9189385332046727 + 1.0 / (12.0 * z)  # Stirling
-    threshold = -tl.exp((log_gamma - 0.6931471805599453 - log_a) / (order + 2.0))
-    return tl.minimum(tl.maximum(threshold, -1.0), -1e-4)
-
-
-@triton.jit
 def _next_threshold(threshold, low, high, count, lower, upper, power, ALPHA_IS_1_5: tl.constexpr):
     """The next τ inside a bracket: the root of the active entries' quadratic near the solution (α = 1.5), and
     Newton's step on the logarithms of Σ and of −τ elsewhere; see `route`, pass 2."""
@@ -348,7 +339,7 @@ def route_kernel(
                 more_once, more_twice = tl.reduce((decayed, decayed * decayed), 0, _add_pairs)
                 once += more_once
                 twice += more_twice
-            threshold = _first_threshold(once, twice)
+            threshold = first_threshold(once, twice, 1)
         low, high = peak * 0 - 1.0, peak * 0
         moving = True
         steps = 0

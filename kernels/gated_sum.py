@@ -47,6 +47,13 @@ def gated_onto(result, gate, target, real, GATED: tl.constexpr, ONTO: tl.constex
     return result
 
 
+def gate_and_strides(
+    gate: torch.Tensor | None, stand_in: torch.Tensor
+) -> tuple[torch.Tensor, tuple[int, int, int]]:
+    """What a kernel is handed for gates `[B, H, N]`, or for none."""
+    return (stand_in, (0, 0, 0)) if gate is None else (gate, gate.stride())
+
+
 def no_gradients_beside_gates(
     tensors: tuple[torch.Tensor, ...], gate: torch.Tensor | None, onto: torch.Tensor | None
 ) -> bool:

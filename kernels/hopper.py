@@ -38,6 +38,11 @@ STAGES = 4
 """Slots of the rings: 4 × 32 KiB at D = 128, beside 64 KiB of queries and outputs."""
 
 
+def tile_of(group: int) -> int:
+    """T for so many query heads a KV head."""
+    return CONSUMERS * ROWS // group
+
+
 def supports(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tile: int, onto: torch.Tensor | None = None
 ) -> bool:
@@ -84,6 +89,15 @@ def programs(works: int, device: torch.device) -> int:
 
 
 @gluon.jit
+def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
+    """Barriers that so many arrivals complete."""
+    made = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(COUNT):
+        mbarrier.init(made.index(i), count=ARRIVALS)
+    return made
+
+
+@gluon.jit
 def open_memory(key_descriptor, query_descriptor, STAGES: gl.constexpr):
     """The buffers and barriers that producer and consumers share."""
     BLOCK: gl.constexpr = key_descriptor.block_type.shape[2]
@@ -95,24 +109,10 @@ def open_memory(key_descriptor, query_descriptor, STAGES: gl.constexpr):
     value_ring = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK, HEAD_DIM], key_descriptor.layout)
     queries = gl.allocate_shared_memory(dtype, [2, 1, GROUP, QUERIES, HEAD_DIM], query_descriptor.layout)
     outputs = gl.allocate_shared_memory(dtype, [2, 1, GROUP, QUERIES, HEAD_DIM], query_descriptor.layout)
-    key_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    value_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    key_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    value_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    query_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    query_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    output_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    output_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(key_full.index(i), count=1)
-        mbarrier.init(value_full.index(i), count=1)
-        mbarrier.init(key_empty.index(i), count=2)  # both consumers
-        mbarrier.init(value_empty.index(i), count=2)
-    for i in gl.static_range(2):
-        mbarrier.init(query_full.index(i), count=1)
-        mbarrier.init(query_empty.index(i), count=1)
-        mbarrier.init(output_full.index(i), count=1)
-        mbarrier.init(output_empty.index(i), count=1)
+    key_full, value_full = barriers(STAGES, 1), barriers(STAGES, 1)
+    key_empty, value_empty = barriers(STAGES, 2), barriers(STAGES, 2)  # both consumers
+    query_full, query_empty = barriers(2, 1), barriers(2, 1)
+    output_full, output_empty = barriers(2, 1), barriers(2, 1)
     fence_async_shared()
     rings = (key_ring, value_ring, key_full, value_full, key_empty, value_empty)
     return rings, (queries, query_full, query_empty), (outputs, output_full, output_empty)
@@ -141,34 +141,29 @@ def place_of(n, heads, kv_heads, tiles):
 
 
 @gluon.jit
+def bring(source, batch, head, first, held, full, empty, slot, use):
+    """The producer: rows of `source` from `first` on into a slot, for its `use`-th time, once it is free."""
+    mbarrier.wait(empty.index(slot), (use & 1) ^ 1)
+    mbarrier.expect(full.index(slot), source.block_type.nbytes)
+    tma.async_copy_global_to_shared(source, [batch, head, first, 0], full.index(slot), held.index(slot))
+
+
+@gluon.jit
 def bring_tile(source, buffers, n, batch, head, tile):
-    """The producer: a tile's part of `source` into the buffers of both consumers, once they are free."""
+    """The producer: a tile's part of `source` into the buffers of both consumers."""
     held, full, empty = buffers
     QUERIES: gl.constexpr = source.block_type.shape[2]
     for part in gl.static_range(2):
-        mbarrier.wait(empty.index(part), (n & 1) ^ 1)
-        mbarrier.expect(full.index(part), source.block_type.nbytes)
-        tma.async_copy_global_to_shared(
-            source, [batch, head, (2 * tile + part) * QUERIES, 0], full.index(part), held.index(part)
-        )
+        bring(source, batch, head, (2 * tile + part) * QUERIES, held, full, empty, part, n)
 
 
 @gluon.jit
 def bring_block(key_descriptor, value_descriptor, rings, turn, batch, kv_head, first, STAGES: gl.constexpr):
-    """The producer: keys and values from `first` on into the slots of block `turn`, once they are free."""
+    """The producer: keys and values from `first` on into the slots of block `turn`."""
     key_ring, value_ring, key_full, value_full, key_empty, value_empty = rings
-    slot = turn % STAGES
-    phase = (turn // STAGES) & 1
-    mbarrier.wait(key_empty.index(slot), phase ^ 1)
-    mbarrier.expect(key_full.index(slot), key_descriptor.block_type.nbytes)
-    tma.async_copy_global_to_shared(
-        key_descriptor, [batch, kv_head, first, 0], key_full.index(slot), key_ring.index(slot)
-    )
-    mbarrier.wait(value_empty.index(slot), phase ^ 1)
-    mbarrier.expect(value_full.index(slot), value_descriptor.block_type.nbytes)
-    tma.async_copy_global_to_shared(
-        value_descriptor, [batch, kv_head, first, 0], value_full.index(slot), value_ring.index(slot)
-    )
+    slot, use = turn % STAGES, turn // STAGES
+    bring(key_descriptor, batch, kv_head, first, key_ring, key_full, key_empty, slot, use)
+    bring(value_descriptor, batch, kv_head, first, value_ring, value_full, value_empty, slot, use)
 
 
 @gluon.jit

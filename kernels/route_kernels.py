@@ -86,16 +86,15 @@ def _moments(x, peak, sum_1, sum_2):
 
 
 @triton.jit
-def _guess(sum_1, sum_2, stride, empty):
-    """τ relative to the maximum from the two moments of every `stride`-th block; α = 1.5."""
-    order = tl.log2(tl.where(empty, 1.0, sum_1) / tl.where(empty, 1.0, sum_2))
-    order = tl.minimum(tl.maximum(order, 1e-3), 6.0)
-    log_a = tl.log(tl.where(empty, 1.0, sum_1 * stride)) + order * 2.0794415416798357  # ln 8
+def first_threshold(decayed, decayed_twice, stride):
+    """τ below the maximum from Σ exp(8 (x − max)) and Σ exp(16 (x − max)) of every `stride`-th block; see
+    `route`, pass 1. The sums are positive."""
+    order = tl.minimum(tl.maximum(tl.log2(decayed / decayed_twice), 1e-3), 6.0)
+    log_a = tl.log(decayed * stride) + order * 2.0794415416798357  # ln 8
     z = order + 3.0
     log_gamma = (z - 0.5) * tl.log(z) - z + 0.9189385332046727 + 1.0 / (12.0 * z)  # Stirling
-    tau = -tl.exp((log_gamma - 0.6931471805599453 - log_a) / (order + 2.0))
-    tau = tl.minimum(tl.maximum(tau, -1.0), -1e-4)
-    return tau
+    threshold = -tl.exp((log_gamma - 0.6931471805599453 - log_a) / (order + 2.0))
+    return tl.minimum(tl.maximum(threshold, -1.0), -1e-4)
 
 
 @triton.jit
@@ -229,7 +228,7 @@ def route_kernel(
     peak = tl.where(empty, 0.0, peak)
     tau = tl.full([ROWS], -1.0, tl.float32)
     if ALPHA_1_5:
-        tau = _guess(sum_1, sum_2, stride, empty)
+        tau = first_threshold(tl.where(empty, 1.0, sum_1), tl.where(empty, 1.0, sum_2), stride)
     begin, end = start, last
     if COMPACT:
         sure = tl.where(empty, float("inf"), peak + tl.maximum(CAUTION * tau - CAUTION_ABSOLUTE, -1.0))
@@ -399,7 +398,7 @@ def _route_resident(
     empty = peak == float("-inf")
     peak = tl.where(empty, 0.0, peak)
     x -= peak[:, None]
-    tau = _guess(sum_1, sum_2, 1, empty)
+    tau = first_threshold(tl.where(empty, 1.0, sum_1), tl.where(empty, 1.0, sum_2), 1)
     low = tl.full([ROWS], -1.0, tl.float32)
     high = nothing
     moving = 1
@@ -477,24 +476,14 @@ def route_short_kernel(
         tile, query, summaries, padding, sequences, query_stride_b, query_stride_h, query_stride_n, tokens,
         known, heads, kv_heads, GROUP, HEADS, TILE, CHUNK, HEAD_DIM, PADDED, PACKED,
     )  # fmt: skip
-    if own <= RESIDENT // 4:
-        _route_resident(
-            tile, index, head, position, real, q, base, own, previous, first_chunk, end_token,
-            entries, counts, tau_out, mask_out, active_out, bias_out,
-            tokens, known, tiles, capacity, words, scale, epsilon, settled, near, max_passes, inverse_sigma,
-            GROUP, HEADS, TILE, CHUNK, HEAD_DIM, RESIDENT // 4, FORCE_PREVIOUS, BOUNDED, SAVE, BIAS,
-        )  # fmt: skip
-    elif own <= RESIDENT // 2:
-        _route_resident(
-            tile, index, head, position, real, q, base, own, previous, first_chunk, end_token,
-            entries, counts, tau_out, mask_out, active_out, bias_out,
-            tokens, known, tiles, capacity, words, scale, epsilon, settled, near, max_passes, inverse_sigma,
-            GROUP, HEADS, TILE, CHUNK, HEAD_DIM, RESIDENT // 2, FORCE_PREVIOUS, BOUNDED, SAVE, BIAS,
-        )  # fmt: skip
-    else:
-        _route_resident(
-            tile, index, head, position, real, q, base, own, previous, first_chunk, end_token,
-            entries, counts, tau_out, mask_out, active_out, bias_out,
-            tokens, known, tiles, capacity, words, scale, epsilon, settled, near, max_passes, inverse_sigma,
-            GROUP, HEADS, TILE, CHUNK, HEAD_DIM, RESIDENT, FORCE_PREVIOUS, BOUNDED, SAVE, BIAS,
-        )  # fmt: skip
+    for halvings in tl.static_range(3):
+        narrower_would_do = (halvings < 2) & (own <= (RESIDENT >> halvings) // 2)
+        if (own <= (RESIDENT >> halvings)) & (narrower_would_do == 0):
+            _route_resident(
+                tile, index, head, position, real, q, base, own, previous, first_chunk, end_token,
+                entries, counts, tau_out, mask_out, active_out, bias_out,
+                tokens, known, tiles, capacity, words, scale, epsilon, settled, near, max_passes,
+                inverse_sigma,
+                GROUP, HEADS, TILE, CHUNK, HEAD_DIM, RESIDENT >> halvings, FORCE_PREVIOUS, BOUNDED, SAVE,
+                BIAS,
+            )  # fmt: skip

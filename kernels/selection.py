@@ -214,9 +214,8 @@ def kernel_for_scores(query: torch.Tensor, compressed: torch.Tensor) -> str:
     from dashbench.kernels import hopper
 
     group = query.shape[1] // compressed.shape[1]
-    tile = hopper.CONSUMERS * hopper.ROWS // group
     # Smaller groups have too many sums for their registers.
-    taken = group >= 8 and hopper.supports(query, compressed, compressed, tile)
+    taken = group >= 8 and hopper.supports(query, compressed, compressed, hopper.tile_of(group))
     return "hopper" if taken else "portable"
 
 

@@ -18,13 +18,12 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
 from dashbench.kernels import hopper
-from dashbench.kernels.hopper import place_of, work_count
+from dashbench.kernels.hopper import barriers, bring, place_of, work_count
 
 LOG2_E = 1.4426950408889634
 WINDOWS = 64
@@ -52,21 +51,21 @@ def _produce(
     turn = 0
     for n in range(work_count(heads * tiles)):
         _, tile, batch, kv_head = place_of(n, heads, kv_heads, tiles)
-        half = n & 1
-        mbarrier.wait(query_empty.index(half), ((n >> 1) & 1) ^ 1)
-        mbarrier.expect(query_full.index(half), query_descriptor.block_type.nbytes)
-        tma.async_copy_global_to_shared(
-            query_descriptor, [batch, kv_head * GROUP, tile * TILE, 0], query_full.index(half),
-            queries.index(half),
-        )  # fmt: skip
+        bring(
+            query_descriptor,
+            batch,
+            kv_head * GROUP,
+            tile * TILE,
+            queries,
+            query_full,
+            query_empty,
+            n & 1,
+            n >> 1,
+        )
         blocks = _blocks(tile, start, rows, TILE, WINDOWS, STRIDE)
         for j in range(blocks):
-            slot = (turn + j) % STAGES
-            mbarrier.wait(key_empty.index(slot), (((turn + j) // STAGES) & 1) ^ 1)
-            mbarrier.expect(key_full.index(slot), key_descriptor.block_type.nbytes)
-            tma.async_copy_global_to_shared(
-                key_descriptor, [batch, kv_head, j * WINDOWS, 0], key_full.index(slot), ring.index(slot)
-            )
+            slot, use = (turn + j) % STAGES, (turn + j) // STAGES
+            bring(key_descriptor, batch, kv_head, j * WINDOWS, ring, key_full, key_empty, slot, use)
         turn += blocks
 
 
@@ -181,16 +180,8 @@ def _scores_kernel(
     dtype: gl.constexpr = key_descriptor.dtype
     queries = gl.allocate_shared_memory(dtype, [2, 1, GROUP, TILE, HEAD_DIM], query_descriptor.layout)
     ring = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, WINDOWS, HEAD_DIM], key_descriptor.layout)
-    query_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    query_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    key_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    key_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(2):
-        mbarrier.init(query_full.index(i), count=1)
-        mbarrier.init(query_empty.index(i), count=2)  # both consumers
-    for i in gl.static_range(STAGES):
-        mbarrier.init(key_full.index(i), count=1)
-        mbarrier.init(key_empty.index(i), count=1)
+    query_full, query_empty = barriers(2, 1), barriers(2, 2)  # both consumers read a tile's queries
+    key_full, key_empty = barriers(STAGES, 1), barriers(STAGES, 1)
     fence_async_shared()
     memory = (queries, query_full, query_empty, ring, key_full, key_empty)
     sizes = (heads, rows, count, start, tiles, kv_heads, width)
@@ -237,7 +228,7 @@ def block_scores_hopper(
     """
     batch, heads, rows, dim = query.shape
     kv_heads, group = compressed.shape[1], heads // compressed.shape[1]
-    tile = hopper.CONSUMERS * hopper.ROWS // group
+    tile = hopper.tile_of(group)
     tiles = triton.cdiv(rows, tile)
     _scores_kernel[(hopper.programs(tiles * batch * kv_heads, query.device),)](
         hopper.descriptor(query, group, tile), hopper.descriptor(compressed, 1, WINDOWS), lse, own_part,
