@@ -42,6 +42,7 @@ from dataclasses import dataclass
 
 import torch
 import triton
+from triton.runtime.jit import JITFunction
 
 from dashbench.kernels.backward_lists import list_capacity
 from dashbench.kernels.route_kernels import (
@@ -57,6 +58,16 @@ from dashbench.kernels.tuning import choose, setting_of
 
 RESIDENT = 128
 """Chunks whose scores a tile keeps in registers: 64 a thread at 128 rows."""
+_compiled: set[tuple] = set()
+
+
+def _compile_once(kernel: JITFunction, device: torch.device, arguments: tuple, options: dict) -> None:
+    """Compiles what a launch with these arguments would run, once a process and kind of arguments."""
+    dtypes = tuple(x.dtype for x in arguments if isinstance(x, torch.Tensor))
+    key = (kernel, device, dtypes, tuple(options.items()))
+    if key not in _compiled:
+        kernel.warmup(*arguments, grid=(1,), **options)
+        _compiled.add(key)
 
 
 @dataclass(frozen=True)
@@ -115,7 +126,7 @@ def route_chunks(
     bias_mode: str = "none",
     sigma: float = 1.0,
     compact: bool = True,
-    resident: int = 0,
+    resident: int | None = None,
     launch: dict | None = None,
 ) -> Routes:
     """Routes every query of a causal sequence.
@@ -139,11 +150,11 @@ def route_chunks(
         compact: search the threshold among the candidates only, not among all chunks again; the result is
             the same. Always off for α other than 1.5, and for `completed`, where the own chunk takes part in
             the threshold but has no place in the list.
-        resident: tiles with at most so many chunks before their own keep their scores in registers, up to
-            `RESIDENT`; only for α = 1.5 and `own`. The result is the same; not measured, therefore 0.
+        resident: tiles with at most so many chunks before their own keep their scores in registers; 0 to
+            `RESIDENT`, the default. Only for α = 1.5 and `own`, else 0; the result is the same.
         launch: Triton launch options that replace the default ones (BLOCK chunks at a time, num_warps,
-            num_stages, maxnreg) of the kernel that reads the summaries in every pass; None: what `tuning`
-            knows.
+            num_stages, maxnreg) of the kernel that reads the summaries in every pass; it alone runs then,
+            unless `resident` is given. None: what `tuning` knows.
 
     Raises:
         ValueError: more chunks than 16 bits can number, a tile that does not fit, or `resident` above its
@@ -180,6 +191,8 @@ def route_chunks(
     own_alone = fast and visibility == "own"
     compact = compact and own_alone
     stage, setting = "route" if compact else "route_all", setting_of(query, kv_heads, chunk_size)
+    if resident is None:
+        resident = RESIDENT if launch is None else 0
     if not 0 <= resident <= RESIDENT:
         raise ValueError(f"resident is from 0 to {RESIDENT}, not {resident}")
     short_tiles = min(tiles, (resident + 1) * (chunk_size // tile)) if resident and own_alone else 0
@@ -205,6 +218,9 @@ def route_chunks(
     }  # fmt: skip
     if tiles > short_tiles:
         route_kernel[((tiles - short_tiles) * all_heads,)](*tensors, *numbers, **options)
+    elif isinstance(route_kernel, JITFunction):
+        # Compiled with the first sequence of any length: a longer one, which needs it, does not wait.
+        _compile_once(route_kernel, query.device, (*tensors, *numbers), options)
     if short_tiles:
         route_short_kernel[(short_tiles * all_heads,)](
             *tensors, tokens, known, tiles, short_tiles, capacity, words, all_heads, kv_heads, scale,
