@@ -29,6 +29,8 @@ from dashbench.tasks.documents import TaskSkipped
 
 ENOUGH_MS = 20_000.0
 """Readings of a prompt that took so long together are not followed by another."""
+SHORT_MS, MOST_READINGS = 1_000.0, 10
+"""A short prompt, whose time is the host's, is read on until its readings took so long, or so many times."""
 
 KERNEL_METHODS = {"dense": ("fa3", "dense@cudnn", "dense@flash"), "dash": ("dash",), "nsa": ("nsa",),
                   "infllmv2": ("infllmv2",)}  # fmt: skip
@@ -194,7 +196,7 @@ class Bench:
         times: list[float] = []
         found: dict[str, Any] = {}
         sequences = token = None
-        for number in range(point.repeats + 1):
+        for number in range(1 + max(point.repeats, MOST_READINGS)):
             sequences = None
             sequences = new_sequences(model, point.batch, capacity)
             sequences.counting = number == 0
@@ -206,6 +208,8 @@ class Bench:
             else:
                 found = sequences.ledger.summary()["prefill"]
             if sum(times) > ENOUGH_MS:
+                break
+            if number >= point.repeats and sum(times) > SHORT_MS:
                 break
         sequences.counting = False
         return _Reading(times, found, before, sequences, token)

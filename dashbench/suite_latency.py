@@ -67,7 +67,9 @@ class LatencySuite(BaseModel):
     )
     new_tokens: Positive = Field(default=32, description="tokens generated and timed")
     repeats: Positive = Field(
-        default=3, description="times the prompt is read and timed, after a first; fewer once 20 s are spent"
+        default=3,
+        description="times the prompt is read and timed, after a first; fewer once 20 s are spent, up to 10 "
+        "in the first second",
     )
     kernel_rows: str | None = Field(
         default=None, description="folder of kernel rows of the same machine, for predictions"
