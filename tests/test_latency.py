@@ -42,9 +42,8 @@ def test_models_are_measured_at_the_sparsity_asked_for(tmp_path):
         if row["status"] == "skipped":
             assert row["reason"] == "CUDA graphs need a GPU"
             continue
-        assert (
-            row["ttft_ms"] > 0 and 2 <= len(row["ttft_samples"]) <= 10 and row["itl_ms"] <= row["itl_p99_ms"]
-        )
+        assert row["ttft_ms"] > 0 and 2 <= len(row["ttft_samples"]) <= 10
+        assert row["itl_ms"] <= row["itl_p99_ms"]
         assert row["tokens_per_s"] == pytest.approx(1e3 * row["batch"] / row["itl_ms"])
         target = {"full": 0.0, "dash": 0.5, "nsa": 0.4}[row["label"]]
         assert abs(row["s_flop"] - target) <= 0.1
