@@ -107,6 +107,7 @@ def _launch(rows: int, compact: bool) -> dict:
     """Measured best on an H200 (LOG.md, Route 3 and 8): with candidates three programs of 128 rows share a
     multiprocessor."""
     shape = {"BLOCK": 32 if compact else 64, "num_warps": 8 if rows >= 128 else 4, "num_stages": 2}
+    shape["LISTING"] = 0
     return {**shape, "maxnreg": 80} if compact and rows >= 128 else shape
 
 
@@ -153,8 +154,9 @@ def route_chunks(
         resident: tiles with at most so many chunks before their own keep their scores in registers; 0 to
             `RESIDENT`, the default. Only for α = 1.5 and `own`, else 0; the result is the same.
         launch: Triton launch options that replace the default ones (BLOCK chunks at a time, num_warps,
-            num_stages, maxnreg) of the kernel that reads the summaries in every pass; it alone runs then,
-            unless `resident` is given. None: what `tuning` knows.
+            num_stages, maxnreg, LISTING) of the kernel that reads the summaries in every pass; it alone runs
+            then, unless `resident` is given. LISTING above 0 lists the candidates, so many chunks at a time,
+            in a pass that sums nothing; not measured, therefore 0. None: what `tuning` knows.
 
     Raises:
         ValueError: more chunks than 16 bits can number, a tile that does not fit, or `resident` above its

@@ -73,6 +73,55 @@ def _any_row(flags, ROWS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _bit_count(words):
+    """Set bits of int32."""
+    words = words - ((words >> 1) & 0x55555555)
+    words = (words & 0x33333333) + ((words >> 2) & 0x33333333)
+    words = (words + (words >> 4)) & 0x0F0F0F0F
+    return ((words * 0x01010101) >> 24) & 0x3F
+
+
+@triton.jit
+def _bits_below(count):
+    """int32 whose lowest `count` bits are set; none below 1, all from 32 on."""
+    return tl.where(count >= 32, -1, (1 << tl.minimum(tl.maximum(count, 0), 31)) - 1)
+
+
+@triton.jit
+def _list_candidates(
+    q, base, list_base, level, start, last, previous,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, FORCE_PREVIOUS: tl.constexpr,
+):  # fmt: skip
+    """Lists the chunks `[start, last)` whose product with any row is above the row's `level`, and the one
+    before the own if it is forced; returns how many there are.
+
+    Every chunk passes through here, so a product is compared with one number and nothing else.
+    """
+    dim = tl.arange(0, HEAD_DIM)
+    bit = tl.arange(0, 32)
+    word = 32 * tl.arange(0, BLOCK // 32)
+    found = 0
+    for first in range(start, last, BLOCK):
+        chunk = first + tl.arange(0, BLOCK)
+        place = base + chunk.to(tl.int64)[:, None] * HEAD_DIM + dim[None, :]
+        summary = tl.load(place, mask=(chunk < last)[:, None], other=0.0)
+        above = (tl.dot(q, tl.trans(summary)) > level[:, None]).to(tl.int32)
+        words = tl.sum(tl.reshape(above, [ROWS, BLOCK // 32, 32]) << bit[None, None, :], 2)
+        words = tl.reduce(words, 0, _either)  # [BLOCK / 32]
+        words = words & _bits_below(last - first - word)
+        if FORCE_PREVIOUS:
+            at = previous - first - word
+            words = words | tl.where((at >= 0) & (at < 32), 1 << (at & 31), 0)
+        ones = _bit_count(words)
+        slot = found + tl.cumsum(ones, 0) - ones
+        rank = _bit_count(words[:, None] & ((1 << bit) - 1)[None, :])
+        listed = ((words[:, None] >> bit[None, :]) & 1) != 0
+        tl.store(list_base + slot[:, None] + rank, first + word[:, None] + bit[None, :], mask=listed)
+        found += tl.sum(ones, 0)
+    return found
+
+
+@triton.jit
 def _moments(x, peak, sum_1, sum_2):
     """(row maximum, sums of exp(8 (x - m)) and exp(16 (x - m))) with a block of x more."""
     DECAY: tl.constexpr = 11.541560327111707  # 8 log2(e)
@@ -128,6 +177,25 @@ def _chosen(total, chunk, own, previous, query_position, end_token, epsilon, FOR
         chosen = chosen | (chunk == previous)[None, :]
         routed = routed & (chunk != previous)[None, :]
     return (chosen & (query_position < end_token)[:, None]).to(tl.int32), routed
+
+
+@triton.jit
+def _chosen_by_bits(
+    weight, chunk, previous, query_position, end_token, epsilon,
+    TILE: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, FORCE_PREVIOUS: tl.constexpr,
+):  # fmt: skip
+    """The first of `_chosen` from weights `[T · HEADS, BLOCK]`, zero where a row may not see the chunk.
+
+    A chunk is chosen if any head gives it more than `epsilon`. 32 chunks of a row are one integer.
+    """
+    bit = tl.arange(0, 32)
+    above = tl.reshape((weight > epsilon).to(tl.int32), [TILE * HEADS, BLOCK // 32, 32])
+    words = tl.sum(above << bit[None, None, :], 2)
+    words = tl.reduce(tl.reshape(words, [TILE, HEADS, BLOCK // 32]), 1, _either)
+    chosen = tl.reshape((words[:, :, None] >> bit[None, None, :]) & 1, [TILE, BLOCK])
+    if FORCE_PREVIOUS:
+        chosen = chosen | (chunk == previous)[None, :].to(tl.int32)
+    return tl.where((query_position < end_token)[:, None], chosen, 0)
 
 
 @triton.jit
@@ -190,7 +258,7 @@ def route_kernel(
     GROUP: tl.constexpr, HEADS: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK: tl.constexpr, ALPHA_1_5: tl.constexpr, COMPLETED: tl.constexpr, FORCE_PREVIOUS: tl.constexpr,
     PADDED: tl.constexpr, PACKED: tl.constexpr, SAVE: tl.constexpr, COMPACT: tl.constexpr,
-    BIAS: tl.constexpr,
+    LISTING: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     """One program a tile and KV head; late tiles, which have most to do, first."""
     ROWS: tl.constexpr = TILE * HEADS
@@ -247,8 +315,19 @@ def route_kernel(
             s1 = s1 * complete
             s2 = s2 * complete
             peak = tl.where(empty | (complete != 0), peak, float("-inf"))
-            for first in range(tl.where(complete != 0, last, start), last, BLOCK):
-                chunk = first + column
+            begin, end = tl.where(complete != 0, last, start), last
+            if LISTING:
+                # A hair lower than `sure`, because products are compared before they are scaled.
+                level = (sure - 3e-7 * tl.abs(tl.where(empty, 0.0, sure))) / scale
+                found = _list_candidates(
+                    q, base, list_base, level, begin, last, previous, ROWS, LISTING, HEAD_DIM, FORCE_PREVIOUS,
+                )  # fmt: skip
+                candidates = tl.where(complete != 0, candidates, found)
+                begin, end = tl.where(complete != 0, candidates, 0), candidates
+                # Other threads read the list than wrote it.
+                tl.debug_barrier()
+            for first in range(begin, end, BLOCK):
+                chunk = _chunks(list_base, first, column, end, LISTING != 0)
                 x = _scores(q, base, chunk, last, first_chunk, row_limit, dim, scale, HEAD_DIM, BOUNDED)
                 peak = tl.where(empty, peak, tl.maximum(peak, tl.max(x, 1)))
                 gap = tl.maximum(x - sure[:, None], 0.0)
@@ -256,12 +335,13 @@ def route_kernel(
                 count += tl.sum(above, 1).to(tl.float32)
                 s1 += tl.sum(gap, 1)
                 s2 += tl.sum(gap * gap, 1)
-                listed = _any_row(above, ROWS, BLOCK)
-                if FORCE_PREVIOUS:
-                    listed = listed | (chunk == previous).to(tl.int32)
-                slot = candidates + tl.cumsum(listed, 0) - listed
-                tl.store(list_base + slot, chunk, mask=listed != 0)
-                candidates += tl.sum(listed, 0)
+                if LISTING == 0:
+                    listed = _any_row(above, ROWS, BLOCK)
+                    if FORCE_PREVIOUS:
+                        listed = listed | (chunk == previous).to(tl.int32)
+                    slot = candidates + tl.cumsum(listed, 0) - listed
+                    tl.store(list_base + slot, chunk, mask=listed != 0)
+                    candidates += tl.sum(listed, 0)
             below = (s2 >= 1.0) | empty
             tangent = tl.where(s1 > 0, sure + (s2 - 1.0) / tl.where(s1 > 0, 2.0 * s1, 1.0), float("-inf"))
             lower = tl.maximum(tangent, peak - 1.0)
@@ -324,10 +404,16 @@ def route_kernel(
             weight = gap * gap
         else:
             weight = tl.where(gap > 0, tl.exp2(power * tl.log2(tl.maximum(gap, 1e-30))), 0.0)
-        total = tl.sum(tl.reshape(weight, [TILE, HEADS, BLOCK]), 1)  # [T, BLOCK], G times w
-        chosen, routed = _chosen(
-            total, chunk, own, previous, query_position, end_token, epsilon, FORCE_PREVIOUS
-        )
+        if (LISTING != 0) and (BIAS == 0):
+            chosen = _chosen_by_bits(
+                weight, chunk, previous, query_position, end_token, epsilon, TILE, HEADS, BLOCK,
+                FORCE_PREVIOUS,
+            )  # fmt: skip
+        else:
+            total = tl.sum(tl.reshape(weight, [TILE, HEADS, BLOCK]), 1)  # [T, BLOCK], G times w
+            chosen, routed = _chosen(
+                total, chunk, own, previous, query_position, end_token, epsilon, FORCE_PREVIOUS
+            )
         active += tl.sum(chosen, 1)
         query_bits = tl.sum(chosen << query_in_tile[:, None], 0)
         listed = (query_bits != 0).to(tl.int32)

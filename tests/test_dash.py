@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from dashbench.inputs import make_problem
+from dashbench.kernels import route_kernels
 from dashbench.kernels.attend import block_sparse_attention, kernel_for, routes_of_mask
 from dashbench.kernels.dash import dash_attention
 from dashbench.kernels.reference import DashOptions, route, summarize
@@ -177,24 +178,31 @@ def test_routing_variants(visibility, forced, alpha):
 @pytest.mark.parametrize(
     ("padding", "forced"), [(37, "own_and_previous"), *([(None, "own")] if DEVICE == "cuda" else [])]
 )
-def test_lists_from_candidates_equal_lists_from_all_chunks(padding, forced):
+@pytest.mark.parametrize(
+    "caution", [None, *([0.3] if DEVICE == "cpu" else [])], ids=["", "first guess too high"]
+)  # a GPU has compiled the constant
+def test_lists_from_candidates_equal_lists_from_all_chunks(padding, forced, caution, monkeypatch):
     """More chunks than a block holds, so bounds and candidates pass from block to block."""
+    if caution is not None:
+        monkeypatch.setattr(route_kernels, "CAUTION", tl.constexpr(caution))
     chunk, chunks = 16, 66
     n = chunk * chunks
     q, k, _, s = planted(n, kv_heads=1, group=4, seed=5, strength=4.0)
     pad = None if padding is None else torch.tensor([padding], dtype=torch.int32, device=DEVICE)
     summaries = summarize_chunks(k, s, chunk, pad)
-    saved, found, plain = (
-        route_chunks(q, summaries, chunk, forced=forced, left_padding=pad, **more)
+    saved, *others = (
+        route_chunks(q, summaries, chunk, forced=forced, left_padding=pad, resident=0, **more)
         for more in (
-            {"save": True, "compact": True},
-            {"compact": True},
+            {"save": True},
+            {},
             {"compact": False},
+            {"launch": {"LISTING": 32}},
+            {"launch": {"LISTING": 64}, "save": True},
         )
     )
     mask = unpack(saved.mask, chunks)
     assert 0.02 < float(mask.float().mean()) < 0.4
-    for routes in (saved, found, plain):
+    for routes in (saved, *others):
         assert torch.equal(listed(routes, n), mask.cpu())
     rows = torch.arange(n - 40, n, device=q.device)
     first = None if pad is None else pad // chunk
@@ -209,7 +217,7 @@ def test_lists_from_candidates_equal_lists_from_all_chunks(padding, forced):
 @pytest.mark.parametrize("bias_mode", ["none", "centered", "raw"])
 @pytest.mark.parametrize("bounded", ["", "padded", "packed"])
 def test_scores_kept_in_registers_route_like_scores_read_again(forced, bias_mode, bounded):
-    """All tiles by one kernel, all by the other, and the first three chunks by one."""
+    """All tiles by one kernel, all by the other, the first three chunks by one; candidates listed apart."""
     chunk, chunks, n = 16, 7, 104
     q, k, _, s = planted(n, batch=1 if bounded == "packed" else 2, seed=11)
     pad = torch.tensor([0, 37], dtype=torch.int32, device=DEVICE) if bounded == "padded" else None
@@ -221,19 +229,20 @@ def test_scores_kept_in_registers_route_like_scores_read_again(forced, bias_mode
         "scaling_factor": 0.7, "sequences": sequences if bounded == "packed" else None,
     }  # fmt: skip
     summaries = summarize_chunks(k, s, chunk, pad)
-    again, short, both = (
-        route_chunks(q, summaries, chunk, resident=resident, **options) for resident in (0, RESIDENT, 3)
+    again, *others = (
+        route_chunks(q, summaries, chunk, **more, **options)
+        for more in ({"resident": 0}, {"resident": RESIDENT}, {"resident": 3}, {"launch": {"LISTING": 32}})
     )
     mask = unpack(again.mask, chunks)
     assert 0.02 < float(mask.float().mean()) < 0.6
-    for routes in (short, both):
+    for routes in others:
         assert torch.equal(unpack(routes.mask, chunks), mask)
         assert torch.equal(listed(routes, n), mask.cpu())
         assert torch.equal(routes.active_blocks, again.active_blocks)
         torch.testing.assert_close(routes.tau, again.tau, rtol=1e-4, atol=1e-4)
     if bias_mode != "none":
         tiles = again.counts.shape[-1]
-        for routes in (short, both):
+        for routes in others:
             for b in range(q.shape[0]):
                 for h in range(2):
                     for tile in range(tiles):

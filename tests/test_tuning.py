@@ -23,7 +23,7 @@ def test_the_committed_table_fits_the_launches_it_is_for():
     for rule in tuning.TABLE:
         assert set(rule) <= {"stage", "launch", *Setting.__dataclass_fields__}
         known = {"decode": DecodeLaunch, "backward": BackwardLaunch}.get(rule["stage"])
-        names = {"BLOCK", "num_warps", "num_stages", "maxnreg"}
+        names = {"BLOCK", "LISTING", "num_warps", "num_stages", "maxnreg"}
         assert set(rule["launch"]) <= (set(known.__dataclass_fields__) if known else names)
     assert choose("route", H200)["num_warps"] == 8 and choose("decode", H200)["overlap"]
     assert choose("route", Setting("sm_80", 128, 64, 16, "bfloat16", 65536)) == {}
