@@ -8,6 +8,8 @@ or size ever travels to the host. Entries stand in ascending order, hence every 
 deterministic.
 """
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -27,6 +29,7 @@ def chunk_list_start(chunk, tiles, TILES_PER_CHUNK: tl.constexpr):
     return chunk * tiles - TILES_PER_CHUNK * (chunk * (chunk + 1) // 2)
 
 
+@lru_cache  # asked five times a training step, and each of Triton's functions takes 2 µs on the host
 def list_capacity(tokens: int, chunk_size: int, tile: int) -> int:
     """Entries that the lists of one (batch, KV head) can hold; the same number for both walks."""
     tiles, chunks, tiles_per_chunk = (

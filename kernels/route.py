@@ -39,6 +39,7 @@ T queries a tile, W = ceil(M / 32).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
@@ -62,9 +63,11 @@ _compiled: set[tuple] = set()
 
 
 def _compile_once(kernel: JITFunction, device: torch.device, arguments: tuple, options: dict) -> None:
-    """Compiles what a launch with these arguments would run, once a process and kind of arguments."""
-    dtypes = tuple(x.dtype for x in arguments if isinstance(x, torch.Tensor))
-    key = (kernel, device, dtypes, tuple(options.items()))
+    """Compiles what a launch with these arguments would run, once a process and kind of arguments.
+
+    Their kinds follow from the queries' dtype and the options, which are all that is asked here.
+    """
+    key = (kernel, device, arguments[0].dtype, *options.values())
     if key not in _compiled:
         kernel.warmup(*arguments, grid=(1,), **options)
         _compiled.add(key)
@@ -97,6 +100,7 @@ class Routes:
     bias: torch.Tensor | None = None
 
 
+@lru_cache  # see list_capacity
 def tile_size(group: int, chunk_size: int, rows: int = 128) -> int:
     """Queries a tile: as many as give `rows` rows with the (padded) heads of a group, at most 16 bits and
     one chunk."""
