@@ -88,9 +88,9 @@ def _panel_title(panel: Panel, cache: str, launch: str, routings: int, target: f
     return f"{what} ({cache} cache, {way})"
 
 
-def _spread(values: Sequence[float], gap: float) -> list[float]:
-    """Moves label positions apart so that neighbours are at least `gap` from each other, keeping their order
-    and their middle."""
+def _spread(values: Sequence[float], gap: float, most: float = math.inf) -> list[float]:
+    """Moves label positions apart so that neighbours are at least `gap` from each other and none is above
+    `most`, keeping their order and, where `most` allows, their middle."""
     order = sorted(range(len(values)), key=lambda i: values[i])
     placed = [values[i] for i in order]
     for _ in range(200):
@@ -103,6 +103,9 @@ def _spread(values: Sequence[float], gap: float) -> list[float]:
                 moved = True
         if not moved:
             break
+    placed = [
+        min(at, most - gap * above) for above, at in zip(range(len(placed) - 1, -1, -1), placed, strict=True)
+    ]
     out = [0.0] * len(values)
     for position, index in zip(placed, order, strict=True):
         out[index] = position
@@ -188,7 +191,8 @@ def _label_right(axis: Any, levels: Sequence[float], ends: Sequence[tuple[float,
     # As far apart as a line of text is high, whatever the size of the axes.
     height = axis.get_window_extent().height / axis.figure.dpi * 72
     size = min(8.0, axis.xaxis.label.get_size())
-    for (_, label, colour), level in zip(ends, _spread(levels, 1.45 * size / height), strict=True):
+    # None beside the title.
+    for (_, label, colour), level in zip(ends, _spread(levels, 1.45 * size / height, 0.98), strict=True):
         axis.annotate(
             label,
             (1.01, level),

@@ -81,6 +81,11 @@ def test_labels_are_moved_apart_in_order():
     assert placed[2] == max(placed) and placed[3] > placed[0]
 
 
+def test_labels_stay_below_the_title():
+    placed = _spread([1.0, 0.97, 0.2, 0.99], 0.1, 0.98)
+    assert placed == pytest.approx([0.98, 0.78, 0.2, 0.88])
+
+
 @pytest.mark.parametrize("width", [80, 160])
 def test_table_shows_measured_sparsity_and_leaves_failures_to_the_trouble_lines(width):
     out = io.StringIO()
