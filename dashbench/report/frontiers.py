@@ -14,7 +14,8 @@ from dashbench.analysis.pareto import AXES, MethodFrontier, Pareto
 from dashbench.figures import label_ends_linear, tokens
 from dashbench.report.style import COLUMN_INCHES, colour, column, save_all
 
-STYLES = ("-", "--", ":", "-.")
+STYLES = {"-": "", "--": " - -", ":": " ···", "-.": " -·-"}
+"""Line styles of a method's checkpoints, and what stands for them behind the name."""
 
 
 def draw_frontiers(found: Sequence[Pareto], folder: Path) -> list[Path]:
@@ -50,7 +51,7 @@ def _figure(found: Pareto) -> Any:
         ends = []
         drawn = Counter()  # lines of each method: the first is solid, further checkpoints dashed and dotted
         for (method, name), mine in found.lines().items():
-            style, shade = STYLES[drawn[method] % len(STYLES)], colour(method)
+            style, shade = list(STYLES)[drawn[method] % len(STYLES)], colour(method)
             drawn[method] += 1
             x = np.array([p.cost.value for p in mine])
             y = np.array([p.accuracy.value for p in mine])
@@ -72,7 +73,7 @@ def _figure(found: Pareto) -> Any:
                 )  # fmt: skip
             # Sparsity grows to the right, so its cost, the tokens kept, grows to the left.
             last = int(x.argmin() if found.axis == "sparsity" else x.argmax())
-            ends.append((float(y[last]), name, shade))
+            ends.append((float(y[last]), name + STYLES[style], shade))
         axis.grid(alpha=0.25, linewidth=0.5)
         axis.set_ylabel("accuracy")
         axis.set_xlabel("measured sparsity" if found.axis == "sparsity" else AXES[found.axis])
@@ -103,6 +104,7 @@ def _plain_log(axis: Any) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     low, high = axis.get_xlim()
-    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 4 * low else MaxNLocator(5))
+    fine = (1, 2, 3, 5, 7) if high < 12 * low else (1, 2, 5)
+    axis.xaxis.set_major_locator(LogLocator(subs=fine) if high > 4 * low else MaxNLocator(5))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
     axis.xaxis.set_minor_locator(NullLocator())
