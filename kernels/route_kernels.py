@@ -278,7 +278,11 @@ def route_kernel(
         last = ((tile + 1) * TILE) // CHUNK
     row_limit = tl.where(real, tl.minimum(row_limit, known), 0)
     last = tl.minimum(last, known)
-    start = (first_chunk // BLOCK) * BLOCK
+    start = first_chunk
+    if BOUNDED and FORCE_PREVIOUS:
+        # Forced even where it is padding alone, as by the specification; nobody attends its keys.
+        start = tl.where(previous >= 0, tl.minimum(start, previous), start)
+    start = (start // BLOCK) * BLOCK
 
     list_base = entries + index.to(tl.int64) * capacity + tile_list_start(tile, CHUNK // TILE)
     peak = tl.full([ROWS], float("-inf"), tl.float32)

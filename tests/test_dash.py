@@ -213,6 +213,21 @@ def test_lists_from_candidates_equal_lists_from_all_chunks(padding, forced, caut
     assert bool((mask[:, :, rows] == expected)[sure].all())
 
 
+def test_a_forced_chunk_of_padding_is_listed_by_every_kernel():
+    """The first real chunk begins a block of chunks, the one before it is the last of another."""
+    chunk, chunks, pad = 16, 34, 16 * 32 + 3
+    q, k, _, s = planted(chunk * chunks, kv_heads=1, group=1, seed=4)
+    padding = torch.tensor([pad], dtype=torch.int32, device=DEVICE)
+    given = {"forced": "own_and_previous", "left_padding": padding, "save": True}
+    summaries = summarize_chunks(k, s, chunk, padding)
+    for more in ({"resident": 0}, {"resident": RESIDENT}, {"launch": {"LISTING": 32}}):
+        routes = route_chunks(q, summaries, chunk, **more, **given)
+        mask = unpack(routes.mask, chunks)
+        assert bool(mask[0, 0, pad : chunk * 33, 31].all())
+        assert torch.equal(listed(routes, chunk * chunks)[:, :, pad:], mask[:, :, pad:].cpu())
+        assert torch.equal(routes.active_blocks[:, :, pad:].long(), mask[:, :, pad:].sum(-1) + 1)
+
+
 @pytest.mark.parametrize("forced", ["own", "own_and_previous"])
 @pytest.mark.parametrize("bias_mode", ["none", "centered", "raw"])
 @pytest.mark.parametrize("bounded", ["", "padded", "packed"])
