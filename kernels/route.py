@@ -67,7 +67,7 @@ def _compile_once(kernel: JITFunction, device: torch.device, arguments: tuple, o
 
     Their kinds follow from the queries' dtype and the options, which are all that is asked here.
     """
-    key = (kernel, device, arguments[0].dtype, *options.values())
+    key = (kernel, device, arguments[0].dtype, *options.items())
     if key not in _compiled:
         kernel.warmup(*arguments, grid=(1,), **options)
         _compiled.add(key)

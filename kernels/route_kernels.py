@@ -28,6 +28,8 @@ CAUTION_ABSOLUTE = tl.constexpr(0.02)
 # What fp32 sums may be off by when a lower bound of τ is derived from them.
 BOUND_MARGIN = tl.constexpr(1e-4)
 MAX_PASSES_GENERAL = 80
+# Below the τ of a row that has one chunk, -1, which is inside its bracket then.
+LOWEST = tl.constexpr(-1.001)
 # Stands behind a tile's last candidate; above every chunk number.
 NO_CHUNK = tl.constexpr(1 << 20)
 
@@ -147,7 +149,7 @@ def first_threshold(decayed, decayed_twice, stride):
 
 
 @triton.jit
-def next_threshold(tau, low, high, count, s1, s2, power, near, slack, ALPHA_1_5: tl.constexpr):
+def next_threshold(tau, low, high, count, s1, s2, power, near, slack, passes, ALPHA_1_5: tl.constexpr):
     """(next τ, and the bracket that it lies in) from Σ 1, Σ gap^(power − 1) and Σ gap^power over the chunks
     above `tau`; see `route`, pass 2."""
     excess = s2 - 1.0
@@ -162,10 +164,13 @@ def next_threshold(tau, low, high, count, s1, s2, power, near, slack, ALPHA_1_5:
         root = s1 * s1 - n * excess
         quadratic = tau + (s1 - tl.sqrt(tl.maximum(root, 0.0))) / n
         new = tl.where((root >= 0) & (tl.abs(excess) < near), quadratic, new)
-    # A settled τ is an end of its bracket, and the GPU's square root may point one ulp beyond it: halving the
-    # bracket then would throw the row far off, again and again until the other rows of the tile are done.
-    outside = (new < low - slack) | (new > high + slack)
-    return tl.where(outside, 0.5 * (low + high), tl.minimum(tl.maximum(new, low), high)), low, high
+    # Into the bracket from its end τ. A settled row's step may point an ulp out of it on a GPU, whose square
+    # root is not exact: it stays. One that reaches the other end, where it has been, is halved instead, as is
+    # every eighth: steps may go from end to end for ever.
+    inward = tl.where(excess > 0, new - tau, tau - new)
+    late = (passes % 8 == 7) & (tl.abs(inward) > slack)
+    halve = (inward < -slack) | (inward >= high - low) | late
+    return tl.where(halve, 0.5 * (low + high), tl.where(inward < 0, tau, new)), low, high
 
 
 @triton.jit
@@ -357,7 +362,7 @@ def route_kernel(
         root = s1 * s1 - tl.maximum(count, 1.0) * (s2 - 1.0)
         step = (s1 - tl.sqrt(tl.maximum(root, 0.0))) / tl.maximum(count, 1.0)
         tau = tl.where(empty, -1.0, tl.minimum(tl.maximum(sure + step - peak, -1.0), -1e-4))
-    low = tl.full([ROWS], -1.0, tl.float32)
+    low = tl.full([ROWS], LOWEST, tl.float32)
     high = tl.zeros([ROWS], tl.float32)
     moving = 1
     passes = 0
@@ -377,7 +382,9 @@ def route_kernel(
                 raised = tl.where(gap > 0, tl.exp2((power - 1.0) * tl.log2(tl.maximum(gap, 1e-30))), 0.0)
                 s1 += tl.sum(raised, 1)
                 s2 += tl.sum(raised * gap, 1)
-        new, low, high = next_threshold(tau, low, high, count, s1, s2, power, near, settled, ALPHA_1_5)
+        new, low, high = next_threshold(
+            tau, low, high, count, s1, s2, power, near, settled, passes, ALPHA_1_5
+        )
         new = tl.where(empty, tau, new)
         moving = tl.max((tl.abs(new - tau) > settled).to(tl.int32), 0)
         tau = new
@@ -408,7 +415,7 @@ def route_kernel(
             weight = gap * gap
         else:
             weight = tl.where(gap > 0, tl.exp2(power * tl.log2(tl.maximum(gap, 1e-30))), 0.0)
-        if (LISTING != 0) and (BIAS == 0):
+        if COMPACT and (LISTING != 0) and (BIAS == 0):
             chosen = _chosen_by_bits(
                 weight, chunk, previous, query_position, end_token, epsilon, TILE, HEADS, BLOCK,
                 FORCE_PREVIOUS,
@@ -492,14 +499,14 @@ def _route_resident(
     peak = tl.where(empty, 0.0, peak)
     x -= peak[:, None]
     tau = first_threshold(tl.where(empty, 1.0, sum_1), tl.where(empty, 1.0, sum_2), 1)
-    low = tl.full([ROWS], -1.0, tl.float32)
+    low = tl.full([ROWS], LOWEST, tl.float32)
     high = nothing
     moving = 1
     passes = 0
     while (moving > 0) & (passes < max_passes):
         gap = tl.maximum(x - tau[:, None], 0.0)
         count, s1, s2 = tl.sum(tl.where(gap > 0, 1.0, 0.0), 1), tl.sum(gap, 1), tl.sum(gap * gap, 1)
-        new, low, high = next_threshold(tau, low, high, count, s1, s2, 2.0, near, settled, True)
+        new, low, high = next_threshold(tau, low, high, count, s1, s2, 2.0, near, settled, passes, True)
         new = tl.where(empty, tau, new)
         moving = tl.max((tl.abs(new - tau) > settled).to(tl.int32), 0)
         tau = new

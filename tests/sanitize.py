@@ -103,7 +103,7 @@ CALLS = {
     "prefill portable": lambda: prefill(kernel="portable"),
     "prefill one token": lambda: operator(1),
     "prefill short of a chunk": lambda: operator(259),
-    "route candidates": lambda: prefill(640, compact=True),
+    "route candidates": lambda: prefill(640, resident=0),
     "route biased": lambda: operator(200, bias_mode="raw", forced="own_and_previous", alpha=1.25),
     "route completed": lambda: operator(200, visibility="completed", sigma=1.0),
     "padded": lambda: operator(200, batch=2, left_padding=device_tensor(3, 130)),

@@ -106,17 +106,9 @@ def test_routing_equals_the_exact_support(n, group, resident):
 
 @triton.jit
 def _one_step(out, tau, low, high, count, s1, s2):
+    count, s1, s2 = tl.load(count), tl.load(s1), tl.load(s2)
     new, low, high = next_threshold(
-        tl.load(tau),
-        tl.load(low),
-        tl.load(high),
-        tl.load(count),
-        tl.load(s1),
-        tl.load(s2),
-        2.0,
-        0.5,
-        5e-5,
-        True,
+        tl.load(tau), tl.load(low), tl.load(high), count, s1, s2, 2.0, 0.5, 5e-5, 0, True
     )
     tl.store(out, new)
     tl.store(out + 1, low)
@@ -124,21 +116,43 @@ def _one_step(out, tau, low, high, count, s1, s2):
 
 
 @pytest.mark.parametrize(
-    ("off", "expected"),
-    [(2e-5, "end"), (-2e-5, "inside"), (0.1, "middle")],
+    ("root", "expected"), [(-0.49998, -0.5), (-0.55, -0.55), (-0.6001, -0.55), (-0.7, -0.55), (-0.4, -0.45)]
 )
-def test_only_steps_far_beyond_the_bracket_halve_it(off, expected):
-    """One chunk above τ, whose root lies `off` below the bracket's lower end."""
-    low, tau = -0.6, -0.5
-    s1 = 1.0 - (tau - (low - off))  # the root of (x - τ)² = 1 is s1 - 1 above τ
-    numbers = (tau, low, -0.1, 1.0, s1, s1 * s1)
+def test_a_step_stays_at_its_end_of_the_bracket_or_halves_it(root, expected):
+    """One chunk above τ = -0.5, which is the bracket's upper end, the lower one is -0.6. Sums as rounding may
+    have them: a root a hair above τ although they are below one."""
+    s1 = 1.0 - (-0.5 - root)  # the root of (x - τ)² = 1 is s1 - 1 above τ
+    s2 = min(s1 * s1, 1.0 - 1e-7)
     out = torch.zeros(3, device=DEVICE)
+    numbers = (-0.5, -0.6, -0.1, 1.0, s1, s2)
+    if root == -0.4:  # as far beyond the other way: τ is the lower end then
+        numbers = (-0.5, -0.9, -0.4, 1.0, s1, s1 * s1)
     _one_step[(1,)](out, *(torch.tensor([x], device=DEVICE, dtype=torch.float32) for x in numbers))
-    new, *bracket = out.tolist()
-    assert bracket == pytest.approx([low, tau])
-    assert new == pytest.approx(
-        {"end": low, "inside": low + 2e-5, "middle": (low + tau) / 2}[expected], abs=1e-6
+    if root == -0.49998:  # the sums say above, the root of the quadratic is at τ
+        assert abs(float(out[0]) + 0.5) < 5e-5
+    else:
+        assert float(out[0]) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("alpha", [2.0, 1.75])
+def test_steps_do_not_go_from_end_to_end_for_ever(alpha):
+    """One chunk far above a band of others: from the bracket's lower end a step leads to its upper one, and
+    from there back."""
+    chunks, chunk = 40, 16
+    n = chunks * chunk
+    x = 0.1 + 0.3 * torch.rand(chunks, generator=torch.Generator().manual_seed(0)) - 1
+    x[3] = 0.0
+    summaries = torch.zeros(1, 1, chunks, 64)
+    summaries[0, 0, :, 0] = x
+    q = torch.zeros(1, 4, n, 64)
+    q[..., 0] = (
+        8 / (alpha - 1) * (0.6 + 0.8 * torch.rand(1, 4, n, generator=torch.Generator().manual_seed(1)))
     )
+    q, summaries = q.to(DEVICE, DTYPE), summaries.to(DEVICE, DTYPE)
+    tau = route_chunks(q, summaries, chunk, alpha=alpha, save=True).tau[0, :, -chunk:].double()
+    scores = (q[0, :, -chunk:, :1].double() * summaries[0, 0, : chunks - 1, 0].double()) * (alpha - 1) / 8
+    total = (scores - tau[..., None]).clamp_min(0).pow(1 / (alpha - 1)).sum(-1)
+    torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=0.01)
 
 
 @pytest.mark.parametrize("resident", [RESIDENT, 0])
