@@ -254,7 +254,7 @@ def _store_routing(
     )
 
 
-@triton.jit(do_not_specialize=["tokens", "known", "tiles", "capacity", "words", "heads"])
+@triton.jit(do_not_specialize=["tokens", "known", "tiles", "capacity", "words", "heads", "kv_heads"])
 def route_kernel(
     query, summaries, entries, counts, tau_out, mask_out, active_out, bias_out, padding, sequences,
     query_stride_b, query_stride_h, query_stride_n,
@@ -557,7 +557,9 @@ def _route_resident(
         )
 
 
-@triton.jit(do_not_specialize=["tokens", "known", "tiles", "short_tiles", "capacity", "words", "heads"])
+@triton.jit(
+    do_not_specialize=["tokens", "known", "tiles", "short_tiles", "capacity", "words", "heads", "kv_heads"]
+)
 def route_short_kernel(
     query, summaries, entries, counts, tau_out, mask_out, active_out, bias_out, padding, sequences,
     query_stride_b, query_stride_h, query_stride_n,

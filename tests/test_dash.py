@@ -299,9 +299,10 @@ def test_scores_kept_in_registers_on_a_gpu(n, save):
         check_routes(q, k, s, DashOptions(), margin=1e-4, resident=RESIDENT)
 
 
-def test_flat_logits_route_everywhere():
+@pytest.mark.parametrize("resident", [RESIDENT, 0])
+def test_flat_logits_route_everywhere(resident):
     q, k, _, s = planted(130, kv_heads=1, group=4)
-    mask = check_routes(q * 1e-3, k, s, DashOptions(chunk_size=16, scaling_factor=1.0))
+    mask = check_routes(q * 1e-3, k, s, DashOptions(chunk_size=16, scaling_factor=1.0), resident=resident)
     own = torch.arange(130) // 16
     assert torch.equal(mask.sum(-1)[0, 0].cpu(), own)
 
