@@ -14,7 +14,7 @@ A contiguous cache is one page a sequence.
 import triton
 import triton.language as tl
 
-from dashbench.kernels.route_kernels import LOWEST, first_threshold
+from dashbench.kernels.route_kernels import LOWEST, first_threshold, within_bracket
 
 EPSILON = tl.constexpr(1e-20)
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -245,7 +245,7 @@ def _power_sums(x, threshold, power, ALPHA_IS_1_5: tl.constexpr):
 def _next_threshold(threshold, low, high, count, lower, upper, power, steps, ALPHA_IS_1_5: tl.constexpr):
     """The next τ inside a bracket: the root of the active entries' quadratic near the solution (α = 1.5), and
     Newton's step on the logarithms of Σ and of −τ elsewhere; see `route`, pass 2, and for the bracket
-    `route_kernels.next_threshold`."""
+    `route_kernels.within_bracket`."""
     excess = upper - 1.0
     safe = tl.maximum(upper, 1e-30)
     slope = tl.maximum(power * lower * -threshold / safe, 1e-3)
@@ -255,10 +255,7 @@ def _next_threshold(threshold, low, high, count, lower, upper, power, steps, ALP
         root = lower * lower - n * excess
         quadratic = threshold + (lower - tl.sqrt_rn(tl.maximum(root, 0.0))) / n
         following = tl.where((root >= 0) & (tl.abs(excess) < 0.5), quadratic, following)
-    inward = tl.where(excess > 0, following - threshold, threshold - following)
-    late = (steps % 8 == 7) & (tl.abs(inward) > SETTLED)
-    halve = (inward < -SETTLED) | (inward >= high - low) | late
-    return tl.where(halve, 0.5 * (low + high), tl.where(inward < 0, threshold, following))
+    return within_bracket(threshold, following, excess, low, high, steps, SETTLED)
 
 
 @triton.jit

@@ -110,8 +110,8 @@ def tile_size(group: int, chunk_size: int, rows: int = 128) -> int:
 def _launch(rows: int, compact: bool) -> dict:
     """Measured best on an H200 (LOG.md, Route 3 and 8): with candidates three programs of 128 rows share a
     multiprocessor."""
-    shape = {"BLOCK": 32 if compact else 64, "num_warps": 8 if rows >= 128 else 4, "num_stages": 2}
-    shape["LISTING"] = 0
+    warps = 8 if rows >= 128 else 4
+    shape = {"BLOCK": 32 if compact else 64, "LISTING": 0, "num_warps": warps, "num_stages": 2}
     return {**shape, "maxnreg": 80} if compact and rows >= 128 else shape
 
 

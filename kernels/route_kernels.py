@@ -149,6 +149,20 @@ def first_threshold(decayed, decayed_twice, stride):
 
 
 @triton.jit
+def within_bracket(tau, new, excess, low, high, passes, slack):
+    """The step from τ, an end of its bracket, to `new`, or half of the bracket.
+
+    A settled row's step may point an ulp out of the bracket on a GPU, whose square root is not exact: it
+    stays. A step that reaches the other end, where it has been, halves the bracket, as every eighth does that
+    still moves: steps may go from end to end for ever.
+    """
+    inward = tl.where(excess > 0, new - tau, tau - new)
+    late = (passes % 8 == 7) & (tl.abs(inward) > slack)
+    halve = (inward < -slack) | (inward >= high - low) | late
+    return tl.where(halve, 0.5 * (low + high), tl.where(inward < 0, tau, new))
+
+
+@triton.jit
 def next_threshold(tau, low, high, count, s1, s2, power, near, slack, passes, ALPHA_1_5: tl.constexpr):
     """(next τ, and the bracket that it lies in) from Σ 1, Σ gap^(power − 1) and Σ gap^power over the chunks
     above `tau`; see `route`, pass 2."""
@@ -164,13 +178,7 @@ def next_threshold(tau, low, high, count, s1, s2, power, near, slack, passes, AL
         root = s1 * s1 - n * excess
         quadratic = tau + (s1 - tl.sqrt(tl.maximum(root, 0.0))) / n
         new = tl.where((root >= 0) & (tl.abs(excess) < near), quadratic, new)
-    # Into the bracket from its end τ. A settled row's step may point an ulp out of it on a GPU, whose square
-    # root is not exact: it stays. One that reaches the other end, where it has been, is halved instead, as is
-    # every eighth: steps may go from end to end for ever.
-    inward = tl.where(excess > 0, new - tau, tau - new)
-    late = (passes % 8 == 7) & (tl.abs(inward) > slack)
-    halve = (inward < -slack) | (inward >= high - low) | late
-    return tl.where(halve, 0.5 * (low + high), tl.where(inward < 0, tau, new)), low, high
+    return within_bracket(tau, new, excess, low, high, passes, slack), low, high
 
 
 @triton.jit
