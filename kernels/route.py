@@ -108,10 +108,10 @@ def tile_size(group: int, chunk_size: int, rows: int = 128) -> int:
 
 
 def _launch(rows: int, compact: bool) -> dict:
-    """Measured best on an H200 (LOG.md, Route 3 and 8): with candidates three programs of 128 rows share a
+    """Measured best (LOG.md, Route 3, 8 and 12): with candidates three programs of 128 rows share a
     multiprocessor."""
     warps = 8 if rows >= 128 else 4
-    shape = {"BLOCK": 32 if compact else 64, "LISTING": 0, "num_warps": warps, "num_stages": 2}
+    shape = {"BLOCK": 32 if compact else 64, "LISTING": 64 if compact else 0, "num_warps": warps, "num_stages": 2}
     return {**shape, "maxnreg": 80} if compact and rows >= 128 else shape
 
 
@@ -159,8 +159,8 @@ def route_chunks(
             `RESIDENT`, the default. Only for α = 1.5 and `own`, else 0; the result is the same.
         launch: Triton launch options that replace the default ones (BLOCK chunks at a time, num_warps,
             num_stages, maxnreg, LISTING) of the kernel that reads the summaries in every pass; it alone runs
-            then, unless `resident` is given. LISTING above 0 lists the candidates, so many chunks at a time,
-            in a pass that sums nothing; not measured, therefore 0. None: what `tuning` knows.
+            then, unless `resident` is given. With LISTING above 0 a pass that sums nothing lists the
+            candidates, so many chunks at a time. None: what `tuning` knows.
 
     Raises:
         ValueError: more chunks than 16 bits can number, a tile that does not fit, or `resident` above its
@@ -186,7 +186,7 @@ def route_chunks(
     tau = mask = active = None
     if save:
         tau = torch.empty(batch, heads, tokens, dtype=torch.float32, device=device)
-        mask = torch.empty(batch, kv_heads, tokens, words, dtype=torch.int32, device=device)
+        mask = torch.zeros(batch, kv_heads, tokens, words, dtype=torch.int32, device=device)
         active = torch.empty(batch, kv_heads, tokens, dtype=torch.int32, device=device)
     bias = None
     if bias_mode != "none":

@@ -408,15 +408,11 @@ def route_kernel(
     bias_base = bias_out + (index.to(tl.int64) * capacity + tile_list_start(tile, CHUNK // TILE)) * TILE
     query_position = tile * TILE + query_in_tile
     mask_row = mask_out + (index.to(tl.int64) * tokens + query_position.to(tl.int64)) * words
-    bit = tl.arange(0, 32)
-    LISTED: tl.constexpr = COMPACT and not SAVE
-    if SAVE:  # the bit mask's words are written whole, so every visible chunk is looked at again
-        begin, end = start, own
-    elif not COMPACT:
+    if not COMPACT:
         end = own
     for first in range(begin, end, BLOCK):
         # The list overwrites the candidates: no further than they have been read.
-        chunk = _chunks(list_base, first, column, end, LISTED)
+        chunk = _chunks(list_base, first, column, end, COMPACT)
         x = _scores(q, base, chunk, last, first_chunk, row_limit, dim, scale, HEAD_DIM, BOUNDED)
         gap = tl.where(empty[:, None], 0.0, tl.maximum((x - peak[:, None]) - tau[:, None], 0.0))
         if ALPHA_1_5:
@@ -446,12 +442,10 @@ def route_kernel(
             tl.store(bias_base + at, log_w, mask=(listed != 0)[None, :])
         found += tl.sum(listed, 0)
         if SAVE:
-            packed = tl.sum(tl.reshape(chosen, [TILE, BLOCK // 32, 32]) << bit[None, None, :], 2)
-            word = first // 32 + tl.arange(0, BLOCK // 32)
-            tl.store(
-                mask_row[:, None] + word[None, :],
-                packed,
-                mask=(query_position < tokens)[:, None] & (word < words)[None, :],
+            # Candidates lie anywhere, so a word's bits may come from several blocks. The mask was zeroed.
+            bits = chosen << (chunk & 31)[None, :]
+            tl.atomic_or(
+                mask_row[:, None] + (chunk >> 5)[None, :], bits, mask=chosen != 0, sem="relaxed", scope="cta"
             )
     tl.store(counts + index.to(tl.int64) * tiles + tile, found)
     if BIAS == 1:  # centred: the mean is known only now
@@ -467,18 +461,6 @@ def route_kernel(
                 b = tl.where((chunk == previous)[None, :], 0.0, b)
             tl.store(bias_base + at, b, mask=(slot < found)[None, :])
     if SAVE:
-        # Words before the first visible chunk and behind the own one hold nothing.
-        done = tl.maximum(tl.cdiv(own, BLOCK) * (BLOCK // 32), start // 32)
-        nothing = tl.zeros([TILE, 32], tl.int32)
-        inside = (query_position < tokens)[:, None]
-        if BOUNDED:
-            for first in range(0, start // 32, 32):
-                word = first + bit
-                here = inside & (word < start // 32)[None, :]
-                tl.store(mask_row[:, None] + word[None, :], nothing, mask=here)
-        for first in range(done, words, 32):
-            word = first + bit
-            tl.store(mask_row[:, None] + word[None, :], nothing, mask=inside & (word < words)[None, :])
         _store_routing(
             level, active, index, head, position, query_position, tau_out, active_out, tokens, GROUP
         )
@@ -547,9 +529,6 @@ def _route_resident(
         mask_row = mask_out + (index.to(tl.int64) * tokens + query_position.to(tl.int64)) * words
         word = tl.arange(0, RESIDENT // 32)
         tl.store(mask_row[:, None] + word[None, :], packed, mask=inside & (word < words)[None, :])
-        for first in range(RESIDENT // 32, words, 32):
-            here = inside & (first + bit < words)[None, :]
-            tl.store(mask_row[:, None] + (first + bit)[None, :], tl.zeros([TILE, 32], tl.int32), mask=here)
         level = tl.where(empty, float("inf"), peak + tau)
         _store_routing(
             level,
