@@ -113,7 +113,7 @@ def _launch(rows: int, compact: bool) -> dict:
     """Measured best (LOG.md, Route 3, 8 and 12): with candidates three programs of 128 rows share a
     multiprocessor."""
     warps = 8 if rows >= 128 else 4
-    shape = {"BLOCK": 32 if compact else 64, "LISTING": 64, "num_warps": warps, "num_stages": 2}
+    shape = {"BLOCK": 32 if compact else 64, "LISTING": 64 if compact else 0, "num_warps": warps, "num_stages": 2}
     return {**shape, "maxnreg": 80} if compact and rows >= 128 else shape
 
 
@@ -161,8 +161,8 @@ def route_chunks(
             `RESIDENT`, the default. Only for α = 1.5 and `own`, else 0; the result is the same.
         launch: Triton launch options that replace the default ones (BLOCK chunks at a time, num_warps,
             num_stages, maxnreg, LISTING) of the kernel that reads the summaries in every pass; it alone runs
-            then, unless `resident` is given. LISTING, at least 32, is how many chunks at a time are compared
-            where candidates are listed. None: what `tuning` knows.
+            then, unless `resident` is given. With LISTING above 0 a pass that sums nothing lists the
+            candidates, so many chunks at a time. None: what `tuning` knows.
 
     Raises:
         ValueError: more chunks than 16 bits can number, a tile that does not fit, or `resident` above its

@@ -21,12 +21,10 @@ SETTLED = 5e-5
 # The quadratic step is taken where Σ(x − τ)² is this close to one.
 NEAR = 0.5
 MAX_PASSES = 24
-# The guess of τ from a sample of the chunks, relative to the maximum, is lowered by these: (CAUTION +
-# CAUTION_SAMPLED / √n) · τ − CAUTION_ABSOLUTE, where n is how many equal chunks would give the sampled sums.
-# One tile in fifty of planted routings, up to one in six of the sparsest, then lists its candidates again.
-CAUTION = tl.constexpr(1.1)
-CAUTION_SAMPLED = tl.constexpr(0.6)
-CAUTION_ABSOLUTE = tl.constexpr(0.01)
+# The guess of τ from a sample of the chunks, relative to the maximum, is lowered to CAUTION · τ −
+# CAUTION_ABSOLUTE: on planted routings about one tile in twenty then has to list its candidates again.
+CAUTION = tl.constexpr(1.35)
+CAUTION_ABSOLUTE = tl.constexpr(0.02)
 # What fp32 sums may be off by when a lower bound of τ is derived from them.
 BOUND_MARGIN = tl.constexpr(1e-4)
 MAX_PASSES_GENERAL = 80
@@ -62,6 +60,18 @@ def _chunks(candidates, first, column, count, LISTED: tl.constexpr):
 @triton.jit
 def _either(a, b):
     return a | b
+
+
+@triton.jit
+def _any_row(flags, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Column by column, whether any row's flag is set, `[BLOCK]` of 0 and 1.
+
+    32 columns at a time travel as the bits of one integer: a sixteenth of the exchanges between threads.
+    """
+    bit = tl.arange(0, 32)
+    words = tl.sum(tl.reshape(flags, [ROWS, BLOCK // 32, 32]) << bit[None, None, :], 2)
+    words = tl.reduce(words, 0, _either)
+    return tl.reshape((words[:, None] >> bit[None, :]) & 1, [BLOCK])
 
 
 @triton.jit
@@ -308,8 +318,7 @@ def route_kernel(
         tau = first_threshold(tl.where(empty, 1.0, sum_1), tl.where(empty, 1.0, sum_2), stride)
     begin, end = start, last
     if COMPACT:
-        caution = CAUTION + CAUTION_SAMPLED * tl.sqrt(sum_2 / (stride * tl.maximum(sum_1 * sum_1, 1.0)))
-        sure = tl.where(empty, float("inf"), peak + tl.maximum(caution * tau - CAUTION_ABSOLUTE, -1.0))
+        sure = tl.where(empty, float("inf"), peak + tl.maximum(CAUTION * tau - CAUTION_ABSOLUTE, -1.0))
         candidates = 0
         complete = 0
         count = tl.zeros([ROWS], tl.float32)
@@ -323,23 +332,33 @@ def route_kernel(
             s1 = s1 * complete
             s2 = s2 * complete
             peak = tl.where(empty | (complete != 0), peak, float("-inf"))
-            begin = tl.where(complete != 0, last, start)
-            # A hair lower than `sure`, because products are compared before they are scaled.
-            level = (sure - 3e-7 * tl.abs(tl.where(empty, 0.0, sure))) / scale
-            found = _list_candidates(
-                q, base, list_base, level, begin, last, previous, ROWS, LISTING, HEAD_DIM, FORCE_PREVIOUS,
-            )  # fmt: skip
-            candidates = tl.where(complete != 0, candidates, found)
-            # Other threads read the list than wrote it.
-            tl.debug_barrier()
-            for first in range(tl.where(complete != 0, candidates, 0), candidates, BLOCK):
-                chunk = _chunks(list_base, first, column, candidates, True)
+            begin, end = tl.where(complete != 0, last, start), last
+            if LISTING:
+                # A hair lower than `sure`, because products are compared before they are scaled.
+                level = (sure - 3e-7 * tl.abs(tl.where(empty, 0.0, sure))) / scale
+                found = _list_candidates(
+                    q, base, list_base, level, begin, last, previous, ROWS, LISTING, HEAD_DIM, FORCE_PREVIOUS,
+                )  # fmt: skip
+                candidates = tl.where(complete != 0, candidates, found)
+                begin, end = tl.where(complete != 0, candidates, 0), candidates
+                # Other threads read the list than wrote it.
+                tl.debug_barrier()
+            for first in range(begin, end, BLOCK):
+                chunk = _chunks(list_base, first, column, end, LISTING != 0)
                 x = _scores(q, base, chunk, last, first_chunk, row_limit, dim, scale, HEAD_DIM, BOUNDED)
                 peak = tl.where(empty, peak, tl.maximum(peak, tl.max(x, 1)))
                 gap = tl.maximum(x - sure[:, None], 0.0)
-                count += tl.sum((gap > 0).to(tl.float32), 1)
+                above = (gap > 0).to(tl.int32)
+                count += tl.sum(above, 1).to(tl.float32)
                 s1 += tl.sum(gap, 1)
                 s2 += tl.sum(gap * gap, 1)
+                if LISTING == 0:
+                    listed = _any_row(above, ROWS, BLOCK)
+                    if FORCE_PREVIOUS:
+                        listed = listed | (chunk == previous).to(tl.int32)
+                    slot = candidates + tl.cumsum(listed, 0) - listed
+                    tl.store(list_base + slot, chunk, mask=listed != 0)
+                    candidates += tl.sum(listed, 0)
             below = (s2 >= 1.0) | empty
             tangent = tl.where(s1 > 0, sure + (s2 - 1.0) / tl.where(s1 > 0, 2.0 * s1, 1.0), float("-inf"))
             lower = tl.maximum(tangent, peak - 1.0)
@@ -400,7 +419,7 @@ def route_kernel(
             weight = gap * gap
         else:
             weight = tl.where(gap > 0, tl.exp2(power * tl.log2(tl.maximum(gap, 1e-30))), 0.0)
-        if COMPACT and BIAS == 0:
+        if COMPACT and (LISTING != 0) and (BIAS == 0):
             chosen = _chosen_by_bits(
                 weight, chunk, previous, query_position, end_token, epsilon, TILE, HEADS, BLOCK,
                 FORCE_PREVIOUS,
@@ -486,16 +505,8 @@ def _route_resident(
     query_in_tile = tl.arange(0, TILE)
     query_position = tile * TILE + query_in_tile
     gap = tl.where(empty[:, None], 0.0, tl.maximum(x - tau[:, None], 0.0))
-    if BIAS == 0:
-        chosen = _chosen_by_bits(
-            gap * gap, chunk, previous, query_position, end_token, epsilon, TILE, HEADS, RESIDENT,
-            FORCE_PREVIOUS,
-        )  # fmt: skip
-    else:
-        total = tl.sum(tl.reshape(gap * gap, [TILE, HEADS, RESIDENT]), 1)  # [T, RESIDENT], G times w
-        chosen, routed = _chosen(
-            total, chunk, own, previous, query_position, end_token, epsilon, FORCE_PREVIOUS
-        )
+    total = tl.sum(tl.reshape(gap * gap, [TILE, HEADS, RESIDENT]), 1)  # [T, RESIDENT], G times w
+    chosen, routed = _chosen(total, chunk, own, previous, query_position, end_token, epsilon, FORCE_PREVIOUS)
     query_bits = tl.sum(chosen << query_in_tile[:, None], 0)
     listed = (query_bits != 0).to(tl.int32)
     slot = tl.cumsum(listed, 0) - listed

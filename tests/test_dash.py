@@ -199,7 +199,6 @@ def test_lists_from_candidates_equal_lists_from_all_chunks(padding, forced, caut
     """More chunks than a block holds, so bounds and candidates pass from block to block."""
     if caution is not None:
         monkeypatch.setattr(route_kernels, "CAUTION", tl.constexpr(caution))
-        monkeypatch.setattr(route_kernels, "CAUTION_SAMPLED", tl.constexpr(0.0))
     chunk, chunks = 16, 66
     n = chunk * chunks
     q, k, _, s = planted(n, kv_heads=1, group=4, seed=5, strength=4.0)
@@ -211,8 +210,9 @@ def test_lists_from_candidates_equal_lists_from_all_chunks(padding, forced, caut
             {"save": True},
             {},
             {"compact": False},
+            {"launch": {"LISTING": 0}},
+            {"launch": {"LISTING": 0}, "save": True},
             {"launch": {"LISTING": 32}},
-            {"launch": {"LISTING": 128, "BLOCK": 64}, "save": True},
             {"compact": False, "save": True},
         )
     )
@@ -237,7 +237,7 @@ def test_a_forced_chunk_of_padding_is_listed_by_every_kernel():
     padding = torch.tensor([pad], dtype=torch.int32, device=DEVICE)
     given = {"forced": "own_and_previous", "left_padding": padding, "save": True}
     summaries = summarize_chunks(k, s, chunk, padding)
-    for more in ({"resident": 0}, {"resident": RESIDENT}, {"compact": False, "resident": 0}):
+    for more in ({"resident": 0}, {"resident": RESIDENT}, {"launch": {"LISTING": 0}}):
         routes = route_chunks(q, summaries, chunk, **more, **given)
         mask = unpack(routes.mask, chunks)
         assert bool(mask[0, 0, pad : chunk * 33, 31].all())
@@ -249,7 +249,7 @@ def test_a_forced_chunk_of_padding_is_listed_by_every_kernel():
 @pytest.mark.parametrize("bias_mode", ["none", "centered", "raw"])
 @pytest.mark.parametrize("bounded", ["", "padded", "packed"])
 def test_scores_kept_in_registers_route_like_scores_read_again(forced, bias_mode, bounded):
-    """All tiles by one kernel, all by the other, the first three chunks by one; without candidates."""
+    """All tiles by one kernel, all by the other, the first three chunks by one; candidates listed apart."""
     chunk, chunks, n = 16, 7, 104
     q, k, _, s = planted(n, batch=1 if bounded == "packed" else 2, seed=11)
     pad = torch.tensor([0, 37], dtype=torch.int32, device=DEVICE) if bounded == "padded" else None
@@ -263,12 +263,7 @@ def test_scores_kept_in_registers_route_like_scores_read_again(forced, bias_mode
     summaries = summarize_chunks(k, s, chunk, pad)
     again, *others = (
         route_chunks(q, summaries, chunk, **more, **options)
-        for more in (
-            {"resident": 0},
-            {"resident": RESIDENT},
-            {"resident": 3},
-            {"compact": False, "resident": 0},
-        )
+        for more in ({"resident": 0}, {"resident": RESIDENT}, {"resident": 3}, {"launch": {"LISTING": 0}})
     )
     mask = unpack(again.mask, chunks)
     assert 0.02 < float(mask.float().mean()) < 0.6
