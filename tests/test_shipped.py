@@ -41,7 +41,7 @@ def test_a_fixed_subset_is_answered_as_committed(tmp_path):
 def test_every_checkpoint_has_its_card_and_adds_up_to_less_than_16_mib():
     folders = sorted(path.name for path in CHECKPOINTS.iterdir())
     assert folders == ["base", "dash", "dense", "infllmv2", "nsa"]
-    rows = newest(read_rows(CHECKPOINTS.parent / "miniature.jsonl"))
+    rows = newest(read_rows(CHECKPOINTS.parent / "miniature.jsonl.gz"))
     for folder in folders:
         stage = ("base", "dense") if folder == "base" else ("continuation", folder)
         (last,) = (r for r in rows if (r["stage"], r["method"]) == stage and r["report"] == 10)
