@@ -76,7 +76,8 @@ def test_lengths_are_keyed_by_powers_of_two():
 def test_a_rule_reaches_the_kernels_and_changes_no_result(tmp_path, monkeypatch):
     """Other blocks and tiles of this very shape; the interpreter knows no warps."""
     inputs = [x.requires_grad_() for x in planted(70, seed=3)]
-    options = {"chunk_size": 16, "sigma": 1.0}
+    # At α = 1.5 so few chunks stay in registers, where no rule reaches.
+    options = {"chunk_size": 16, "sigma": 1.0, "alpha": 1.25}
 
     def run():
         out = dash_attention(*inputs, **options)
@@ -88,7 +89,7 @@ def test_a_rule_reaches_the_kernels_and_changes_no_result(tmp_path, monkeypatch)
     keyed = {"group": setting.group, "dtype": setting.dtype, "head_dim": 64, "chunk_size": 16}
     write(
         path,
-        {"stage": "route", **keyed, "launch": {"BLOCK": 32}},
+        {"stage": "route_all", **keyed, "launch": {"BLOCK": 32}},
         {"stage": "backward", **keyed, "launch": {"tile": 8, "splits": 2}},
     )
     monkeypatch.setenv(tuning.VARIABLE, str(path))
@@ -97,6 +98,9 @@ def test_a_rule_reaches_the_kernels_and_changes_no_result(tmp_path, monkeypatch)
         assert float(((ours - plain).norm() / plain.norm()).detach()) < close
     write(path, {"stage": "backward", **keyed, "launch": {"tile": 5}})
     with pytest.raises(ValueError, match="a tile of 5 queries"):
+        run()
+    write(path, {"stage": "route_all", **keyed, "launch": {"BLOCK": 48}})
+    with pytest.raises(Exception, match="power of 2"):
         run()
 
 
