@@ -48,14 +48,17 @@ def options_for(problem: Problem, preset: str | None = None, **given: Any) -> Da
     """Options of a problem: a preset's, changed by what is given, with the problem's block size.
 
     Raises:
-        Unsupported: an unknown preset or parameter.
+        Unsupported: an unknown preset or parameter, or a value out of range.
     """
     if preset is not None and preset not in PRESETS:
         raise Unsupported(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}")
     known = {f.name for f in fields(DashOptions)} - {"chunk_size"}
     if unknown := set(given) - known:
         raise Unsupported(f"DashAttention has no parameter {sorted(unknown)[0]!r}")
-    return replace(PRESETS[preset] if preset else DashOptions(), **given, chunk_size=problem.block_size)
+    try:
+        return replace(PRESETS[preset] if preset else DashOptions(), **given, chunk_size=problem.block_size)
+    except ValueError as refused:
+        raise Unsupported(str(refused)) from None
 
 
 @torch.no_grad()

@@ -245,8 +245,6 @@ def _check(query, key, value, summary_query, options: DashOptions) -> None:
         raise ValueError(f"head dim must be 64 or 128, got {dim}: pad it")
     if options.chunk_size not in (16, 32, 64, 128):
         raise ValueError(f"chunk size must be 16, 32, 64 or 128, got {options.chunk_size}")
-    if not 1 < options.alpha <= 2:
-        raise ValueError(f"alpha must be in (1, 2], got {options.alpha}")
     if len({x.dtype for x in (query, key, value)}) > 1 or not query.is_floating_point():
         raise ValueError(f"query, key and value are {query.dtype}, {key.dtype} and {value.dtype}")
     if summary_query.dim() == 2:

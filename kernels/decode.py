@@ -477,8 +477,6 @@ def _check(query: torch.Tensor, cache: DecodeCache, options: DashOptions) -> Non
         raise ValueError(f"{cache.key.shape[2]} tokens a page are no multiple of the chunk size {size}")
     if query.shape[0] * query.shape[2] > MAX_ROWS:
         raise ValueError(f"{query.shape[0]} x {query.shape[2]} rows exceed {MAX_ROWS}: see attend_cache")
-    if not 1 < options.alpha <= 2:
-        raise ValueError(f"alpha must be in (1, 2], got {options.alpha}")
     for name, x in (
         ("query", query),
         ("key", cache.key),

@@ -44,6 +44,9 @@ class DashOptions:
         forced: always-on chunks.
         visibility: `own`: chunks before the own one can be routed to; `completed`: chunks whose last token
             is at or before the query, so the own chunk joins at its last token.
+
+    Raises:
+        ValueError: γ is not a positive number, or alpha is outside (1, 2].
     """
 
     chunk_size: int = 64
@@ -53,6 +56,12 @@ class DashOptions:
     bias_mode: BiasMode = "centered"
     forced: Forced = "own"
     visibility: Visibility = "own"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.scaling_factor < float("inf"):
+            raise ValueError(f"scaling_factor must be a positive number, got {self.scaling_factor}")
+        if not 1 < self.alpha <= 2:
+            raise ValueError(f"alpha must be in (1, 2], got {self.alpha}")
 
 
 PRESETS: dict[str, DashOptions] = {

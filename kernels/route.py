@@ -113,7 +113,8 @@ def _launch(rows: int, compact: bool) -> dict:
     """Measured best (LOG.md, Route 3, 8 and 12): with candidates three programs of 128 rows share a
     multiprocessor."""
     warps = 8 if rows >= 128 else 4
-    shape = {"BLOCK": 32 if compact else 64, "LISTING": 64 if compact else 0, "num_warps": warps, "num_stages": 2}
+    block, listing = (32, 64) if compact else (64, 0)
+    shape = {"BLOCK": block, "LISTING": listing, "num_warps": warps, "num_stages": 2}
     return {**shape, "maxnreg": 80} if compact and rows >= 128 else shape
 
 
@@ -165,13 +166,15 @@ def route_chunks(
             candidates, so many chunks at a time. None: what `tuning` knows.
 
     Raises:
-        ValueError: more chunks than 16 bits can number, a tile that does not fit, or `resident` above its
-            limit.
+        ValueError: γ or `alpha` out of range, more chunks than 16 bits can number, a tile that does not fit,
+            or `resident` above its limit.
     """
     batch, heads, tokens, dim = query.shape
     kv_heads, known = summaries.shape[1], summaries.shape[2]
     group = heads // kv_heads
     chunks = triton.cdiv(tokens, chunk_size)
+    if not 0 < scaling_factor < float("inf") or not 1 < alpha <= 2:
+        raise ValueError(f"need scaling_factor above 0 and alpha in (1, 2], not {scaling_factor} and {alpha}")
     if chunks > 1 << 16:
         raise ValueError(f"{tokens} tokens are more than {1 << 16} chunks of {chunk_size}")
     tile = tile or tile_size(group, chunk_size)

@@ -129,6 +129,8 @@ def test_larger_scaling_factors_are_sparser_and_presets_are_the_specifications()
     assert math.isclose(options.scaling_factor, 0.2308, rel_tol=1e-3)
     with pytest.raises(Unsupported, match="unknown preset"):
         dash_reference.prepare(problem, preset="other")
+    with pytest.raises(Unsupported, match="scaling_factor must be a positive number"):
+        dash_reference.prepare(problem, scaling_factor=0.0)
 
 
 def test_low_precision_routes_as_fp64_does_outside_ties():
