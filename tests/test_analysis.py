@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from kernel_rows import noisy, row
 
 from dashbench.analysis.compare import compare
-from dashbench.analysis.speedup import crossovers, speedups
+from dashbench.analysis.speedup import Crossover, crossovers, speedups
 from dashbench.analysis.statistics import (
     cliffs_delta,
     holm,
@@ -17,6 +17,7 @@ from dashbench.analysis.statistics import (
     ratio_of_rows,
     resampled_medians,
 )
+from dashbench.report.sheets import crossover_sentence
 
 
 def test_interval_of_a_ratio_covers_the_truth_about_as_often_as_it_says():
@@ -95,6 +96,22 @@ def test_crossover_outside_the_range_is_said_so(cross, verdict):
     (found,) = crossovers(planted(0.5, cross))
     assert found.verdict == verdict and found.length is None
     assert (found.shortest, found.longest) == (1024, 16384)
+
+
+@pytest.mark.parametrize(
+    ("verdict", "low", "high", "longest", "sentence"),
+    [
+        ("at", 1500.0, 2048.0, 4096, "ahead from 2.0k [1.5k, 2.0k] on"),
+        ("at", None, None, 4096, "ahead from 2.0k [below 1k, above 4k] on"),
+        ("always", None, None, 4096, "ahead at every length measured (1k to 4k)"),
+        ("always", None, None, 1024, "ahead at 1k, the only length measured"),
+        ("never", None, None, 1024, "behind at 1k, the only length measured"),
+    ],
+)
+def test_a_crossover_in_words(verdict, low, high, longest, sentence):
+    length = 2048.0 if verdict == "at" else None
+    found = Crossover(None, verdict, length, low, high, 1024, longest, 0.0)
+    assert crossover_sentence(found) == sentence
 
 
 def test_a_line_that_falls_behind_again_counts_from_its_last_return():

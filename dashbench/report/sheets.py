@@ -37,14 +37,18 @@ def _length(value: float) -> str:
 
 
 def crossover_sentence(found: Crossover) -> str:
-    """`ahead from 6.9k [6.5k, 7.2k] on`, or why there is no such length."""
+    """`ahead from 6.9k [6.5k, 7.2k] on`, or why there is no such length; an end of the interval that lies
+    outside what was measured says so."""
+    if found.shortest == found.longest and found.verdict != "at":
+        where = "ahead" if found.verdict == "always" else "behind"
+        return f"{where} at {tokens(found.shortest)}, the only length measured"
     span = f"{tokens(found.shortest)} to {tokens(found.longest)}"
     if found.verdict == "always":
         return f"ahead at every length measured ({span})"
     if found.verdict == "never":
         return f"never within range ({span})"
-    low = "?" if found.low is None else _length(found.low)
-    high = "?" if found.high is None else _length(found.high)
+    low = f"below {tokens(found.shortest)}" if found.low is None else _length(found.low)
+    high = f"above {tokens(found.longest)}" if found.high is None else _length(found.high)
     return f"ahead from {_length(found.length)} [{low}, {high}] on"
 
 
