@@ -38,6 +38,7 @@ T queries a tile, W = ceil(M / 32).
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -70,8 +71,9 @@ def _compile_once(kernel: JITFunction, device: torch.device, arguments: tuple, o
     key = (kernel, device, arguments[0].dtype, *options.items())
     if key not in _compiled:
         compiled = kernel.warmup(*arguments, grid=(1,), **options)
-        # Loads it: the longer sequence may come in a graph capture, which may not.
-        getattr(compiled, "run", None)
+        with suppress(triton.OutOfResources):  # the longer sequence itself will say so
+            # Loads it: the longer sequence may come in a graph capture, which may not.
+            getattr(compiled, "run", None)
         _compiled.add(key)
 
 

@@ -104,6 +104,7 @@ CALLS = {
     "prefill one token": lambda: operator(1),
     "prefill short of a chunk": lambda: operator(259),
     "route candidates": lambda: prefill(640, resident=0),
+    "route bit mask": lambda: prefill(64 * 34, resident=0, save=True),
     "route biased": lambda: operator(200, bias_mode="raw", forced="own_and_previous", alpha=1.25),
     "route completed": lambda: operator(200, visibility="completed", sigma=1.0),
     "padded": lambda: operator(200, batch=2, left_padding=device_tensor(3, 130)),

@@ -230,6 +230,37 @@ def test_lists_from_candidates_equal_lists_from_all_chunks(padding, forced, caut
     assert bool((mask[:, :, rows] == expected)[sure].all())
 
 
+@pytest.mark.parametrize("forced", ["own_and_previous", *(["own"] if DEVICE == "cuda" else [])])
+def test_packed_sequences_longer_than_a_block_route_as_each_alone(forced):
+    """The second begins within a block; two KV heads; by candidates and by all chunks."""
+    chunk, ends = 16, [16 * 34 - 5, 16 * 68 - 3]
+    firsts = [0] * 34 + [34] * 34
+    n = chunk * 68
+    q, k, _, s = planted(n, kv_heads=2, group=1, seed=6, strength=4.0)
+    sequences = torch.tensor([firsts, [ends[0]] * 34 + [ends[1]] * 34], dtype=torch.int32, device=DEVICE).T
+    summaries = summarize_chunks(k, s, chunk)
+    given = {"forced": forced, "save": True, "sequences": sequences.contiguous()}
+    for more in ({"resident": 0}, {"compact": False, "resident": 0}):
+        routes = route_chunks(q, summaries, chunk, **more, **given)
+        mask = unpack(routes.mask, 68)
+        for first, end in ((0, ends[0]), (34, ends[1])):
+            here, chunks = slice(chunk * first, end), slice(first, first + 34)
+            alone = route_chunks(
+                q[:, :, here],
+                summaries[:, :, chunks].contiguous(),
+                chunk,
+                forced=forced,
+                save=True,
+                resident=0,
+            )
+            assert torch.equal(mask[:, :, here, chunks], unpack(alone.mask, 34))
+            assert int(mask[:, :, here].sum()) == int(mask[:, :, here, chunks].sum())
+            assert torch.equal(routes.active_blocks[:, :, here], alone.active_blocks)
+        real = (torch.arange(n) < ends[0]) | ((torch.arange(n) >= chunk * 34) & (torch.arange(n) < ends[1]))
+        assert torch.equal(listed(routes, n)[:, :, real], mask[:, :, real.to(mask.device)].cpu())
+        assert not mask[:, :, ~real.to(mask.device)].any()
+
+
 def test_a_forced_chunk_of_padding_is_listed_by_every_kernel():
     """The first real chunk begins a block of chunks, the one before it is the last of another."""
     chunk, chunks, pad = 16, 34, 16 * 32 + 3

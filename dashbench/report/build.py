@@ -267,8 +267,8 @@ def build(
         sections.append(
             {
                 "chart": charts.pareto_chart(fronts),
-                "note": "Filled points are on the frontier in 95 % of bootstrap draws; of open ones the table says "
-                "which are off it in as many, and which the data do not tell apart (tie).",
+                "note": "Filled points are on the frontier in 95 % of bootstrap draws; of open ones the "
+                "table says which are off it in as many, and which the data do not tell apart (tie).",
                 "sheets": found,
             }
         )
