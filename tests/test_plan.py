@@ -75,6 +75,9 @@ def test_calls_too_long_for_the_fewest_samples_are_planned_with_three():
     (long,) = plan([point(context=262144, method="fa3")], options, HOPPER, {"fa3": "python"})
     call = estimate_ms(long.point, HOPPER) / 1e3
     assert call > 1 and long.seconds == pytest.approx(OVERHEAD_S + (3 + 6) * call)
+    impatient = options.model_copy(update={"timeout_seconds": 1})
+    (given_up,) = plan([long.point], impatient, HOPPER, {"fa3": "python"})
+    assert given_up.seconds == OVERHEAD_S + 1
 
 
 @pytest.mark.parametrize(
