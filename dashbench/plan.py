@@ -128,8 +128,8 @@ def plan(
         call *= 10 if eager_reference else 1
         # Calls so long that the fewest samples are too many: see `timing.stop_reason`.
         fewest = min(options.min_samples * call, max(3 * call, 4 * options.max_seconds))
-        seconds = 0.0 if reason else OVERHEAD_S + max(options.max_seconds, fewest) + 6 * call
-        if seconds and call > options.timeout_seconds:  # its first step is given up on
-            seconds = OVERHEAD_S + options.timeout_seconds
-        out.append(Planned(point, reason, seconds))
+        seconds = max(options.max_seconds, fewest) + 6 * call
+        if call > options.timeout_seconds:
+            seconds = options.timeout_seconds  # its first step is given up on
+        out.append(Planned(point, reason, 0.0 if reason else OVERHEAD_S + seconds))
     return out

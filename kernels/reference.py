@@ -31,6 +31,14 @@ Forced = Literal["own", "own_and_previous"]
 Visibility = Literal["own", "completed"]
 
 
+def check_entmax(alpha: float, scaling_factor: float = 1.0) -> None:
+    """Raises ValueError unless alpha is in (1, 2] and γ is a positive number."""
+    if not 0 < scaling_factor < float("inf"):
+        raise ValueError(f"scaling_factor must be a positive number, got {scaling_factor}")
+    if not 1 < alpha <= 2:
+        raise ValueError(f"alpha must be in (1, 2], got {alpha}")
+
+
 @dataclass(frozen=True)
 class DashOptions:
     """What distinguishes the published variants of DashAttention.
@@ -58,10 +66,7 @@ class DashOptions:
     visibility: Visibility = "own"
 
     def __post_init__(self) -> None:
-        if not 0 < self.scaling_factor < float("inf"):
-            raise ValueError(f"scaling_factor must be a positive number, got {self.scaling_factor}")
-        if not 1 < self.alpha <= 2:
-            raise ValueError(f"alpha must be in (1, 2], got {self.alpha}")
+        check_entmax(self.alpha, self.scaling_factor)
 
 
 PRESETS: dict[str, DashOptions] = {
@@ -92,8 +97,7 @@ def entmax(logits: torch.Tensor, alpha: float = 1.5) -> torch.Tensor:
     Returns:
         `[..., M]`, non-negative, each non-empty row sums to one.
     """
-    if not 1 < alpha <= 2:
-        raise ValueError(f"alpha must be in (1, 2], got {alpha}")
+    check_entmax(alpha)
     finite = torch.isfinite(logits)
     safe = torch.where(finite, logits, torch.zeros_like(logits))
     x = torch.where(finite, (alpha - 1) * safe, torch.full_like(safe, float("-inf")))

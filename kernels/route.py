@@ -47,6 +47,7 @@ import triton
 from triton.runtime.jit import JITFunction
 
 from dashbench.kernels.backward_lists import list_capacity
+from dashbench.kernels.reference import check_entmax
 from dashbench.kernels.route_kernels import (
     EPSILON,
     MAX_PASSES,
@@ -115,8 +116,7 @@ def _launch(rows: int, compact: bool) -> dict:
     """Measured best (LOG.md, Route 3, 8 and 12): with candidates three programs of 128 rows share a
     multiprocessor."""
     warps = 8 if rows >= 128 else 4
-    block, listing = (32, 64) if compact else (64, 0)
-    shape = {"BLOCK": block, "LISTING": listing, "num_warps": warps, "num_stages": 2}
+    shape = {"BLOCK": 32 if compact else 64, "LISTING": 64, "num_warps": warps, "num_stages": 2}
     return {**shape, "maxnreg": 80} if compact and rows >= 128 else shape
 
 
@@ -164,8 +164,8 @@ def route_chunks(
             `RESIDENT`, the default. Only for α = 1.5 and `own`, else 0; the result is the same.
         launch: Triton launch options that replace the default ones (BLOCK chunks at a time, num_warps,
             num_stages, maxnreg, LISTING) of the kernel that reads the summaries in every pass; it alone runs
-            then, unless `resident` is given. With LISTING above 0 a pass that sums nothing lists the
-            candidates, so many chunks at a time. None: what `tuning` knows.
+            then, unless `resident` is given. LISTING, a multiple of 32, is how many chunks at a time the pass
+            that lists the candidates compares. None: what `tuning` knows.
 
     Raises:
         ValueError: γ or `alpha` out of range, more chunks than 16 bits can number, a tile that does not fit,
@@ -175,8 +175,7 @@ def route_chunks(
     kv_heads, known = summaries.shape[1], summaries.shape[2]
     group = heads // kv_heads
     chunks = triton.cdiv(tokens, chunk_size)
-    if not 0 < scaling_factor < float("inf") or not 1 < alpha <= 2:
-        raise ValueError(f"need scaling_factor above 0 and alpha in (1, 2], not {scaling_factor} and {alpha}")
+    check_entmax(alpha, scaling_factor)
     if chunks > 1 << 16:
         raise ValueError(f"{tokens} tokens are more than {1 << 16} chunks of {chunk_size}")
     tile = tile or tile_size(group, chunk_size)

@@ -63,15 +63,10 @@ def _either(a, b):
 
 
 @triton.jit
-def _any_row(flags, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Column by column, whether any row's flag is set, `[BLOCK]` of 0 and 1.
-
-    32 columns at a time travel as the bits of one integer: a sixteenth of the exchanges between threads.
-    """
-    bit = tl.arange(0, 32)
-    words = tl.sum(tl.reshape(flags, [ROWS, BLOCK // 32, 32]) << bit[None, None, :], 2)
-    words = tl.reduce(words, 0, _either)
-    return tl.reshape((words[:, None] >> bit[None, :]) & 1, [BLOCK])
+def _packed(flags, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """int32 flags of 0 and 1 `[ROWS, BLOCK]` as the bits of integers `[ROWS, BLOCK / 32]`, which are cheaper
+    to exchange between threads."""
+    return tl.sum(tl.reshape(flags, [ROWS, BLOCK // 32, 32]) << tl.arange(0, 32)[None, None, :], 2)
 
 
 @triton.jit
@@ -108,8 +103,7 @@ def _list_candidates(
         place = base + chunk.to(tl.int64)[:, None] * HEAD_DIM + dim[None, :]
         summary = tl.load(place, mask=(chunk < last)[:, None], other=0.0)
         above = (tl.dot(q, tl.trans(summary)) > level[:, None]).to(tl.int32)
-        words = tl.sum(tl.reshape(above, [ROWS, BLOCK // 32, 32]) << bit[None, None, :], 2)
-        words = tl.reduce(words, 0, _either)  # [BLOCK / 32]
+        words = tl.reduce(_packed(above, ROWS, BLOCK), 0, _either)  # [BLOCK / 32]
         words = words & _bits_below(last - first - word)
         if FORCE_PREVIOUS:
             at = previous - first - word
@@ -202,8 +196,7 @@ def _chosen_by_bits(
     A chunk is chosen if any head gives it more than `epsilon`. 32 chunks of a row are one integer.
     """
     bit = tl.arange(0, 32)
-    above = tl.reshape((weight > epsilon).to(tl.int32), [TILE * HEADS, BLOCK // 32, 32])
-    words = tl.sum(above << bit[None, None, :], 2)
+    words = _packed((weight > epsilon).to(tl.int32), TILE * HEADS, BLOCK)
     words = tl.reduce(tl.reshape(words, [TILE, HEADS, BLOCK // 32]), 1, _either)
     chosen = tl.reshape((words[:, :, None] >> bit[None, None, :]) & 1, [TILE, BLOCK])
     if FORCE_PREVIOUS:
@@ -332,33 +325,24 @@ def route_kernel(
             s1 = s1 * complete
             s2 = s2 * complete
             peak = tl.where(empty | (complete != 0), peak, float("-inf"))
-            begin, end = tl.where(complete != 0, last, start), last
-            if LISTING:
-                # A hair lower than `sure`, because products are compared before they are scaled.
-                level = (sure - 3e-7 * tl.abs(tl.where(empty, 0.0, sure))) / scale
-                found = _list_candidates(
-                    q, base, list_base, level, begin, last, previous, ROWS, LISTING, HEAD_DIM, FORCE_PREVIOUS,
-                )  # fmt: skip
-                candidates = tl.where(complete != 0, candidates, found)
-                begin, end = tl.where(complete != 0, candidates, 0), candidates
-                # Other threads read the list than wrote it.
-                tl.debug_barrier()
+            begin = tl.where(complete != 0, last, start)
+            # A hair lower than `sure`, because products are compared before they are scaled.
+            level = (sure - 3e-7 * tl.abs(tl.where(empty, 0.0, sure))) / scale
+            found = _list_candidates(
+                q, base, list_base, level, begin, last, previous, ROWS, LISTING, HEAD_DIM, FORCE_PREVIOUS,
+            )  # fmt: skip
+            candidates = tl.where(complete != 0, candidates, found)
+            begin, end = tl.where(complete != 0, candidates, 0), candidates
+            # Other threads read the list than wrote it.
+            tl.debug_barrier()
             for first in range(begin, end, BLOCK):
-                chunk = _chunks(list_base, first, column, end, LISTING != 0)
+                chunk = _chunks(list_base, first, column, end, True)
                 x = _scores(q, base, chunk, last, first_chunk, row_limit, dim, scale, HEAD_DIM, BOUNDED)
                 peak = tl.where(empty, peak, tl.maximum(peak, tl.max(x, 1)))
                 gap = tl.maximum(x - sure[:, None], 0.0)
-                above = (gap > 0).to(tl.int32)
-                count += tl.sum(above, 1).to(tl.float32)
+                count += tl.sum((gap > 0).to(tl.int32), 1).to(tl.float32)
                 s1 += tl.sum(gap, 1)
                 s2 += tl.sum(gap * gap, 1)
-                if LISTING == 0:
-                    listed = _any_row(above, ROWS, BLOCK)
-                    if FORCE_PREVIOUS:
-                        listed = listed | (chunk == previous).to(tl.int32)
-                    slot = candidates + tl.cumsum(listed, 0) - listed
-                    tl.store(list_base + slot, chunk, mask=listed != 0)
-                    candidates += tl.sum(listed, 0)
             below = (s2 >= 1.0) | empty
             tangent = tl.where(s1 > 0, sure + (s2 - 1.0) / tl.where(s1 > 0, 2.0 * s1, 1.0), float("-inf"))
             lower = tl.maximum(tangent, peak - 1.0)
@@ -419,7 +403,7 @@ def route_kernel(
             weight = gap * gap
         else:
             weight = tl.where(gap > 0, tl.exp2(power * tl.log2(tl.maximum(gap, 1e-30))), 0.0)
-        if COMPACT and (LISTING != 0) and (BIAS == 0):
+        if COMPACT and BIAS == 0:
             chosen = _chosen_by_bits(
                 weight, chunk, previous, query_position, end_token, epsilon, TILE, HEADS, BLOCK,
                 FORCE_PREVIOUS,
@@ -523,8 +507,7 @@ def _route_resident(
         at = (list_start + slot)[None, :] * TILE + query_in_tile[:, None]
         tl.store(bias_out + at, b, mask=(listed != 0)[None, :])
     if SAVE:
-        bit = tl.arange(0, 32)
-        packed = tl.sum(tl.reshape(chosen, [TILE, RESIDENT // 32, 32]) << bit[None, None, :], 2)
+        packed = _packed(chosen, TILE, RESIDENT)
         inside = (query_position < tokens)[:, None]
         mask_row = mask_out + (index.to(tl.int64) * tokens + query_position.to(tl.int64)) * words
         word = tl.arange(0, RESIDENT // 32)

@@ -210,9 +210,8 @@ def test_lists_from_candidates_equal_lists_from_all_chunks(padding, forced, caut
             {"save": True},
             {},
             {"compact": False},
-            {"launch": {"LISTING": 0}},
-            {"launch": {"LISTING": 0}, "save": True},
             {"launch": {"LISTING": 32}},
+            {"launch": {"LISTING": 128}, "save": True},
             {"compact": False, "save": True},
         )
     )
@@ -256,9 +255,10 @@ def test_packed_sequences_longer_than_a_block_route_as_each_alone(forced):
             assert torch.equal(mask[:, :, here, chunks], unpack(alone.mask, 34))
             assert int(mask[:, :, here].sum()) == int(mask[:, :, here, chunks].sum())
             assert torch.equal(routes.active_blocks[:, :, here], alone.active_blocks)
-        real = (torch.arange(n) < ends[0]) | ((torch.arange(n) >= chunk * 34) & (torch.arange(n) < ends[1]))
-        assert torch.equal(listed(routes, n)[:, :, real], mask[:, :, real.to(mask.device)].cpu())
-        assert not mask[:, :, ~real.to(mask.device)].any()
+        mask, position = mask.cpu(), torch.arange(n)
+        real = (position < ends[0]) | ((position >= chunk * 34) & (position < ends[1]))
+        assert torch.equal(listed(routes, n)[:, :, real], mask[:, :, real])
+        assert not mask[:, :, ~real].any()
 
 
 def test_a_forced_chunk_of_padding_is_listed_by_every_kernel():
@@ -268,7 +268,7 @@ def test_a_forced_chunk_of_padding_is_listed_by_every_kernel():
     padding = torch.tensor([pad], dtype=torch.int32, device=DEVICE)
     given = {"forced": "own_and_previous", "left_padding": padding, "save": True}
     summaries = summarize_chunks(k, s, chunk, padding)
-    for more in ({"resident": 0}, {"resident": RESIDENT}, {"launch": {"LISTING": 0}}):
+    for more in ({"resident": 0}, {"resident": RESIDENT}, {"launch": {"LISTING": 32}}):
         routes = route_chunks(q, summaries, chunk, **more, **given)
         mask = unpack(routes.mask, chunks)
         assert bool(mask[0, 0, pad : chunk * 33, 31].all())
@@ -280,7 +280,7 @@ def test_a_forced_chunk_of_padding_is_listed_by_every_kernel():
 @pytest.mark.parametrize("bias_mode", ["none", "centered", "raw"])
 @pytest.mark.parametrize("bounded", ["", "padded", "packed"])
 def test_scores_kept_in_registers_route_like_scores_read_again(forced, bias_mode, bounded):
-    """All tiles by one kernel, all by the other, the first three chunks by one; candidates listed apart."""
+    """All tiles by one kernel, all by the other, the first three chunks by one; other blocks listed."""
     chunk, chunks, n = 16, 7, 104
     q, k, _, s = planted(n, batch=1 if bounded == "packed" else 2, seed=11)
     pad = torch.tensor([0, 37], dtype=torch.int32, device=DEVICE) if bounded == "padded" else None
@@ -294,7 +294,7 @@ def test_scores_kept_in_registers_route_like_scores_read_again(forced, bias_mode
     summaries = summarize_chunks(k, s, chunk, pad)
     again, *others = (
         route_chunks(q, summaries, chunk, **more, **options)
-        for more in ({"resident": 0}, {"resident": RESIDENT}, {"resident": 3}, {"launch": {"LISTING": 0}})
+        for more in ({"resident": 0}, {"resident": RESIDENT}, {"resident": 3}, {"launch": {"LISTING": 32}})
     )
     mask = unpack(again.mask, chunks)
     assert 0.02 < float(mask.float().mean()) < 0.6

@@ -101,7 +101,7 @@ def test_a_replay_that_writes_nothing_cannot_pass():
 @pytest.mark.parametrize(
     ("routing", "phase"), [("topics", "prefill"), ("topics", "decode"), ("uniform", "prefill")]
 )
-def test_inputs_of_the_largest_point_are_drawn_in_seconds(routing, phase):
+def test_inputs_of_the_largest_point_are_drawn_in_two_seconds(routing, phase):
     from time import perf_counter
 
     from dashbench.inputs import make_problem
@@ -129,5 +129,5 @@ def test_inputs_of_the_largest_point_are_drawn_in_seconds(routing, phase):
         problem, _ = make_problem(asked, "cuda")
         torch.cuda.synchronize()
         times.append(perf_counter() - began)
-    assert min(times) < 8  # under 2 on a quiet machine; up to 4 beside compilers and other tests
+    assert min(times) < 2  # on a quiet host: 2.0 to 4.2 beside compilers and other tests
     assert problem.key.isfinite().all()

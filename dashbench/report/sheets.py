@@ -39,7 +39,7 @@ def _length(value: float) -> str:
 def crossover_sentence(found: Crossover) -> str:
     """`ahead from 6.9k [6.5k, 7.2k] on`, or why there is no such length; an end of the interval that lies
     outside what was measured says so."""
-    if found.shortest == found.longest and found.verdict != "at":
+    if found.shortest == found.longest:
         where = "ahead" if found.verdict == "always" else "behind"
         return f"{where} at {tokens(found.shortest)}, the only length measured"
     span = f"{tokens(found.shortest)} to {tokens(found.longest)}"
