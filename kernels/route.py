@@ -10,27 +10,25 @@ set of earlier chunks. The summaries of one KV head fit into the L2 cache, so a 
 again costs no more than reading stored scores would. Passes:
 
 1.  row maximum m, and the sums of exp(8 (x − m)) and exp(16 (x − m)), which rescale as the maximum grows.
-Were the
-    entries' distances to the maximum spread like A u^(p−1) / Γ(p), the two sums would give A and p and
-    hence τ: a start that is off by a few hundredths, where max − 1 is off by a half;
+    Were the entries' distances to the maximum spread like A u^(p−1) / Γ(p), the two sums would give A and p
+    and hence τ: a start that is off by a few hundredths, where max − 1 is off by a half;
 2.  count, Σ(x − τ), Σ(x − τ)² of the entries above the current τ. Far from the solution the next τ is
-Newton's on
-    log Σ(x − τ)² against log(m − τ), which is nearly a straight line; near it, the root of the quadratic
-    that the active entries alone define. All inside a bracket that every pass shrinks. Two or three passes
-    as a rule, all rows of the tile together;
+    Newton's on log Σ(x − τ)² against log(m − τ), which is nearly a straight line; near it, the root of the
+    quadratic that the active entries alone define. All inside a bracket that every pass shrinks. Two or three
+    passes as a rule, all rows of the tile together;
 3.  the lists: chunk numbers in ascending order with one bit for each query of the tile, in storage whose
-offsets have
-    a closed form (`backward_lists.tile_list_start`), so nothing is counted beforehand and nothing travels to
-    the host.
+    offsets have a closed form (`backward_lists.tile_list_start`), so nothing is counted beforehand and
+    nothing travels to the host.
 
 For other α the sums have other powers and every step is Newton's on the logarithms.
 
 With `compact` (α = 1.5 only) pass 1 reads a quarter of the blocks, and its τ, lowered by a third, is a guess
 from below. One pass over all chunks then lists the tile's candidates, those above the guess of any row, and
-sums (x − guess)² over them: where that is at least 1, the guess is below τ and no chunk of a support is
-missing, because f(τ) = Σ [x − τ]₊² falls. Where it is not, f's tangent at the guess, which by convexity
-meets 1 below τ, is the next guess, and that one is certain. The passes after it read the candidates only.
-Until the list is written the candidates stand in its place.
+one over the candidates sums (x − guess)²: where that is at least 1, the guess is below τ and no chunk of a
+support is missing, because f(τ) = Σ [x − τ]₊² falls. Where it is not, f's tangent at the guess, which by
+convexity meets 1 below τ, is the next guess, and that one is certain. The passes after it read the candidates
+only, the last one too, which also sets the bits of the mask. Until the list is written the candidates stand
+in its place.
 
 Letters: B batch, Hq query heads, Hkv KV heads, G = Hq / Hkv, N queries, D head dim, C chunk size, M chunks,
 T queries a tile, W = ceil(M / 32).
