@@ -15,8 +15,8 @@ from dashbench.kernels.backward_lists import tile_list_start
 # A chunk whose weight (mean over heads) is at most this is not routed.
 EPSILON = 1e-20
 # τ is settled once no row moves by more than this, in units of x. The quadratic step is exact up to the k
-# entries
-# that it moves across; they change τ by at most k · SETTLED² / 2, under 3e-6 for two thousand of them.
+# entries that it moves across; they change τ by at most k · SETTLED² / 2, under 3e-6 for two thousand of
+# them.
 SETTLED = 5e-5
 # The quadratic step is taken where Σ(x − τ)² is this close to one.
 NEAR = 0.5
